@@ -6,8 +6,8 @@
 __all__ = ['PRIMES', 'BACKENDS', 'Layout', 'entry', 'encode', 'jit', 'numba_threads', 'pick_backend', 'backend_report',
            'HashGrid']
 
-# %% ../nbs/20_hashgrid.ipynb #23e92c7b
-import functools, math, os, weakref
+# %% ../nbs/20_hashgrid.ipynb #b5737ea0
+import functools, math, os, sys, weakref
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -75,10 +75,15 @@ def encode(
     out = torch.cat(features, 1) if features else x.new_zeros(len(x), 0)
     return nn.functional.pad(out, (0, len(layout.resolution)*table.shape[1] - out.shape[1]))
 
-# %% ../nbs/20_hashgrid.ipynb #a12a981c
+# %% ../nbs/20_hashgrid.ipynb #4e5212e0
+def _numba():
+    if 'numba' not in sys.modules: os.environ.setdefault('NUMBA_NUM_THREADS', str(torch.get_num_threads()))
+    import numba
+    return numba
+
 def jit(**options):
     "numba's `njit`, imported when needed, with its compiled code kept on disk where that is possible"
-    from numba import njit
+    njit = _numba().njit
     def wrap(f):
         try: return njit(cache=True, **options)(f)
         except RuntimeError: return njit(**options)(f) # nowhere to keep it
@@ -86,15 +91,14 @@ def jit(**options):
 
 def numba_threads() -> int:
     "Let numba use as many threads as torch does"
-    import numba
-    n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(n)
+    n = min(torch.get_num_threads(), _numba().config.NUMBA_NUM_THREADS)
+    _numba().set_num_threads(n)
     return n
 
-# %% ../nbs/20_hashgrid.ipynb #5a48833d
+# %% ../nbs/20_hashgrid.ipynb #435d9180
 @functools.cache
 def _numba_kernels(F):
-    from numba import prange
+    prange = _numba().prange
     zero, one, two, three = (np.float32(i) for i in range(4))
 
     @jit(inline='always')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JointPrior']
 
-# %% ../nbs/44_joint_prior.ipynb #e13cf064
+# %% ../nbs/44_joint_prior.ipynb #742012a8
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from .show import UserError
 from .cameras import Camera
+from .sds import fork
 from .shading import View
 
-# %% ../nbs/44_joint_prior.ipynb #09696323
+# %% ../nbs/44_joint_prior.ipynb #fc86d685
 @dataclass
 class JointPrior:
     "A weighted sum of priors: Eq. 7"
@@ -30,7 +31,8 @@ class JointPrior:
         weight_3d: float = 40., # λ_3D (paper: 40; likewise)
     ) -> 'JointPrior':
         "Eq. 8: two priors and one dial"
-        if not tradeoff >= 0: raise UserError(f'A trade-off of {tradeoff}', 'Choose 0 (3D prior alone) or more; the paper uses 1; inf is the 2D prior alone')
+        if not tradeoff >= 0:
+            raise UserError(f'A trade-off of {tradeoff}', 'Choose 0 (3D prior alone) or more; the paper uses 1; inf is the 2D prior alone')
         if math.isinf(tradeoff): return cls({'2d': (prior_2d, weight_2d), '3d': (prior_3d, 0.)})
         return cls({'2d': (prior_2d, tradeoff*weight_2d), '3d': (prior_3d, weight_3d)})
 
@@ -42,6 +44,7 @@ class JointPrior:
         weights: dict[str, float] | None = None, # Weights for this once, by name
     ) -> dict[str, Tensor]: # Name to weighted scalar; priors of weight 0 are left out
         "Every prior's opinion"
+        asked = {name: (prior, (weights or {}).get(name, weight), fork(generator)) for name, (prior, weight) in self.priors.items()}
         latents = {}
         def seen(prior):
             model = getattr(prior, 'diffusion', None)
@@ -49,9 +52,9 @@ class JointPrior:
             eye = id(model.vae), model.image_size
             if eye not in latents: latents[eye] = model.encode(view.rgb, generator)
             return dict(z=latents[eye])
-        asked = {name: (prior, (weights or {}).get(name, weight)) for name, (prior, weight) in self.priors.items()}
-        return {name: weight*prior(view, camera, t_range, generator, **seen(prior)) for name, (prior, weight) in asked.items() if weight}
+        return {name: weight*prior(view, camera, t_range, dice, **seen(prior)) for name, (prior, weight, dice) in asked.items() if weight}
 
-    def __call__(self, view: View, camera: Camera, t_range: tuple[float, float] = (.2, .6), generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, view: View, camera: Camera, t_range: tuple[float, float] = (.2, .6),
+        generator: torch.Generator | None = None) -> Tensor:
         "The sum of `terms`: a scalar of which only the gradient means anything"
         return sum(self.terms(view, camera, t_range, generator).values(), start=view.rgb.new_zeros(()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['photo_terms', 'jitter', 'novel_look', 'view_terms', 'step_terms', 'Progress', 'save_checkpoint', 'load_checkpoint',
-           'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise']
+           'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
 
 # %% ../nbs/51_optimise.ipynb #d8f0ac61
 import json, math, signal, threading, time
@@ -62,7 +62,7 @@ def novel_look(
     if shading.mode != 'normal' and unlit.item() < stage.light.albedo: shading = Shading()
     return camera.to(device), shading, colour.to(device) if stage.background == 'random' else None
 
-# %% ../nbs/51_optimise.ipynb #2708d0d0
+# %% ../nbs/51_optimise.ipynb #5d710d87
 def view_terms(
     scene: Scene,
     view: View, # What some camera sees
@@ -78,12 +78,12 @@ def view_terms(
 def step_terms(
     scene: Scene,
     reference, # The photo, at the size that the stage looks at it
-    prior, # Has `terms(view, camera, t_range, generator)`; None for no opinion
+    prior, # Has `terms(view, camera, t_range, generator, weights)`, such as a `JointPrior`; None for no opinion
     stage: Stage,
     novel: NovelSettings, # Where novel views are taken from
     step: int, # Counted from 0
     generator: torch.Generator,
-) -> dict[str, Tensor]: # Loss name -> scalar, before weights
+) -> dict[str, Tensor]: # Loss name -> scalar; the priors' with their weights, all others before theirs
     "All terms of Eq. 4 for one step"
     at_photo, elsewhere = stage.views(step)
     w, terms, owed = stage.weights, {}, []
@@ -96,7 +96,7 @@ def step_terms(
     if elsewhere:
         camera, shading, background = novel_look(stage, novel, step, generator, reference.rgb.device)
         view = scene.render(camera, shading, background, generator=generator, normals=normals)
-        if prior is not None: terms |= prior.terms(view, camera, stage.noise_levels(step), generator)
+        if prior is not None: terms |= prior.terms(view, camera, stage.noise_levels(step), generator, weights=stage.prior_weights(step))
         owed.append(view_terms(scene, view, stage))
     for k in dict.fromkeys(k for o in owed for k in o): terms[k] = sum(o[k] for o in owed if k in o)/len(owed)
     return terms
@@ -153,7 +153,7 @@ def make_adam(
     device = groups[0]['params'][0].device.type
     return torch.optim.Adam(groups, betas=(stage.beta1, stage.beta2), eps=stage.eps, fused=device in ('cpu', 'cuda'))
 
-# %% ../nbs/51_optimise.ipynb #82832876
+# %% ../nbs/51_optimise.ipynb #00249ee5
 class Interrupted(KeyboardInterrupt):
     "Somebody asked the loop to stop, and it has saved its state"
 
@@ -201,7 +201,7 @@ class Run:
     def update(self, terms: dict[str, Tensor]) -> dict[str, float]: # Every term, as a number, and the gradient's length
         "Weigh, add up, check, one backward pass, one step of Adam"
         step = self.progress.step
-        weights = self.stage.loss_weights(step) | self.stage.prior_weights(step)
+        weights = self.stage.loss_weights(step)
         values = dict(zip(terms, torch.stack([v.detach().float() for v in terms.values()]).tolist())) if terms else {}
         self.adam.zero_grad()
         if values and all(map(math.isfinite, values.values())):
@@ -228,9 +228,9 @@ class Run:
         if rollbacks > self.stage.rollbacks:
             raise UserError(f'The loss is not finite at step {self.progress.step}, and was not after {rollbacks - 1} tries at smaller learning rates: {bad}',
                 'Lower the learning rates (lr) or the weight of that loss; the last good checkpoint is kept')
-        log_bytes = self.progress.log_bytes
+        kept = dict(skipped=self.progress.skipped, log_bytes=self.progress.log_bytes)
         self.restore(chance=False)
-        self.progress = replace(self.progress, rollbacks=rollbacks, lr_scale=lr_scale, log_bytes=log_bytes)
+        self.progress = replace(self.progress, rollbacks=rollbacks, lr_scale=lr_scale, **kept)
 
     def write_log(self, values: dict[str, float], ms: float):
         "One line, and all lines of steps that were lost are gone"
@@ -273,11 +273,11 @@ def preview(
     rows = [[v.rgb for v in views], [normal_to_rgb(v.normal, v.alpha) for v in views], [depth_to_rgb(v.depth, v.alpha) for v in views]]
     return strip(rows)
 
-# %% ../nbs/51_optimise.ipynb #d9c10ef0
+# %% ../nbs/51_optimise.ipynb #b656806f
 def optimise(
     scene: Scene, # What to improve
     reference, # What to resemble: a `Reference`
-    prior, # What to believe of other views: `terms(view, camera, t_range, generator)`; None for nothing
+    prior, # What to believe of other views: a `JointPrior`, or anything with its `terms`; None for nothing
     stage: Stage,
     folder: str | Path, # Checkpoints and previews go here; a run found here is continued
     novel: NovelSettings = NovelSettings(), # Where novel views are taken from
@@ -303,9 +303,25 @@ def optimise(
                 with atomic_write(run.folder/f'preview_{done:07d}.png') as tmp: preview(scene, photo.camera).image.save(tmp)
             if on_step: on_step(run.progress, values)
             stop = bool(asked)
-            if not run.progress.in_a_row and (done % stage.checkpoint_interval == 0 or done == stage.steps or stop): run.save()
+            if done == stage.steps or not run.progress.in_a_row and (done % stage.checkpoint_interval == 0 or stop): run.save()
             if stop: raise Interrupted(f'Stopped after step {done} of {stage.steps}; the state is in {folder}')
     if run.average is not None:
         with torch.no_grad():
             for a, p in zip(run.average, run.params): p.copy_(a)
     return run.progress
+
+# %% ../nbs/51_optimise.ipynb #25cbe07b
+def load_scene(
+    scene: Scene, # Of the kind that the stage improved
+    folder: str | Path, # The stage's folder
+) -> Scene: # The same, with what was learned
+    "A scene as its stage left it"
+    found = load_checkpoint(folder)
+    if found is None: raise UserError(f'There is no checkpoint in {folder}', 'Run this stage first: `magic123 resume`')
+    tensors = found[0]
+    scene.load_state_dict({k.removeprefix('scene.'): v for k, v in tensors.items() if k.startswith('scene.')})
+    params = [p for g in scene.parameter_groups() for p in g['params']]
+    with torch.no_grad():
+        for i, p in enumerate(params):
+            if f'average.{i}' in tensors: p.copy_(tensors[f'average.{i}'])
+    return scene

@@ -7,30 +7,29 @@ __all__ = ['MIN_SIDE', 'MAX_SIDE', 'MASKS', 'SHAPES', 'DEPTHS', 'open_image', 'r
            'local_rembg_model', 'find_mask', 'Reference', 'reference_from_toy', 'bounding_box', 'square_window',
            'take_window', 'read_depth', 'sibling_depth', 'local_depth_model', 'estimate_depth', 'load_reference']
 
-# %% ../nbs/10_preprocess.ipynb #f9f95b7d
-import io, json, os, warnings
+# %% ../nbs/10_preprocess.ipynb #a6110d4d
+import io, os, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera
-from .show import UserError, atomic_write, data_folder, depth_to_rgb, save_png, strip
+from .show import UserError, data_folder, depth_to_rgb, strip
 from .toybox import Toy, parse_toy
 
-# %% ../nbs/10_preprocess.ipynb #5cf9e972
+# %% ../nbs/10_preprocess.ipynb #5e38f4f4
 MIN_SIDE, MAX_SIDE = 16, 2048
 
 def _check_size(path, size, what):
     if min(size) < MIN_SIDE:
-        raise UserError(f'{path} is too small{what}: {size[0]} x {size[1]} pixels', f'Give a picture of at least {MIN_SIDE} pixels a side; 256 and more look good')
+        raise UserError(f'{path} is too small{what}: {size[0]} x {size[1]} pixels',
+            f'Give a picture of at least {MIN_SIDE} pixels a side; 256 and more look good')
 
-def _reduced(img, path, notes):
+def _reduced(img, path):
     if max(img.size) <= MAX_SIDE: return img
     scale = MAX_SIDE/max(img.size)
     size = tuple(round(n*scale) for n in img.size)
@@ -46,13 +45,14 @@ def _first_picture(img, path, notes):
         notes.append(f'{path.name} holds {frames} pictures: the first is used')
         img.seek(0)
     img.draft(img.mode, (MAX_SIDE, MAX_SIDE))
+    turn = img.getexif().get(0x112, 1)
     img.load()
-    if img.getexif().get(0x112, 1) != 1: notes.append(f'{path.name} is turned upright, as its EXIF tag asks')
-    img = ImageOps.exif_transpose(_reduced(img, path, notes))
+    if turn != 1: notes.append(f'{path.name} is turned upright, as its EXIF tag asks')
+    img = ImageOps.exif_transpose(_reduced(img, path))
     if max(size) > MAX_SIDE: notes.append(f'{path.name} is reduced from {size[0]} x {size[1]} pixels; its longer side is now {MAX_SIDE}')
     return img
 
-# %% ../nbs/10_preprocess.ipynb #65e40d71
+# %% ../nbs/10_preprocess.ipynb #0368f637
 _formats = 'Save it as PNG or JPEG and try again'
 
 def _unreadable(path):
@@ -79,7 +79,8 @@ def open_image(
     except UnidentifiedImageError as e: raise UserError(f'{path} is not a picture, or of an unknown format', _formats) from e
     except Image.DecompressionBombError as e: raise UserError(f'{path} is too large: {e}', 'Reduce it to 2048 pixels a side') from e
     except PermissionError as e: raise UserError(f'{path} may not be read: permission denied', 'Change its permissions, or copy it') from e
-    except Exception as e: raise UserError(f'{path} cannot be decoded; it may be cut off or damaged ({e})', f'Copy or download it again. {_formats}') from e
+    except Exception as e: raise UserError(f'{path} cannot be decoded; it may be cut off or damaged ({e})',
+        f'Copy or download it again. {_formats}') from e
 
 # %% ../nbs/10_preprocess.ipynb #9ff53d2b
 def _levels(img): # (H,W) in [0,1]: one channel, all its bits
@@ -100,7 +101,7 @@ def _to_srgb(img, notes):
     notes.append(f'Colours are converted from {name} to sRGB')
     return out
 
-# %% ../nbs/10_preprocess.ipynb #62175432
+# %% ../nbs/10_preprocess.ipynb #3dd2561f
 def read_image(
     path: str | Path, # A picture file
     notes: list[str] | None = None, # What had to be decided is added here
@@ -113,7 +114,8 @@ def read_image(
         img = Image.fromarray((_levels(img)*255 + .5).astype(np.uint8))
     try: rgba = np.array(_to_srgb(img, notes).convert('RGB' if img.mode in ('CMYK', 'YCbCr', 'HSV') else 'RGBA').convert('RGBA'))
     except ValueError as e: raise UserError(f'{path} has colours of a kind we cannot convert ({img.mode})', _formats) from e
-    if rgba[..., 3].max() < 128: raise UserError(f'{path} is fully transparent: there is no object in it', 'Give a picture in which the object is opaque')
+    if rgba[..., 3].max() < 128: raise UserError(f'{path} is fully transparent: there is no object in it',
+        'Give a picture in which the object is opaque')
     return rgba
 
 # %% ../nbs/10_preprocess.ipynb #453e171d
@@ -193,14 +195,15 @@ def _rembg_mask(rgb, model):
     mask = new_session(model).predict(Image.fromarray(rgb))[0]
     return np.asarray(mask.convert('L'), dtype=np.float32)/255
 
-# %% ../nbs/10_preprocess.ipynb #0891e6b9
+# %% ../nbs/10_preprocess.ipynb #7d61f9cd
 MASKS = 'auto', 'alpha', 'rembg', 'grabcut'
 
 def _mask_file(path, size, notes):
     if not Path(path).is_file(): raise UserError(f'There is no mask "{path}"', f'Choose one of {", ".join(MASKS)}, or a mask file')
     img = open_image(path, notes)
     if abs(img.width*size[0]/(img.height*size[1]) - 1) > .01:
-        raise UserError(f'The mask {path} is {img.width} x {img.height} pixels, the photo {size[1]} x {size[0]}', 'Give a mask of the same shape')
+        raise UserError(f'The mask {path} is {img.width} x {img.height} pixels, the photo {size[1]} x {size[0]}',
+            'Give a mask of the same shape')
     notes.append(f'Mask: from {Path(path).name}')
     return cv2.resize(_levels(img), size[::-1], interpolation=cv2.INTER_AREA)
 
@@ -217,7 +220,8 @@ def find_mask(
         notes.append("Mask: the picture's own transparency" if alpha.min() < 1 else 'Mask: the whole picture, for nothing in it is transparent')
         return alpha
     if mask == 'rembg' and model is None:
-        raise UserError('rembg is not installed, or its model is not on this disk', 'pip install "rembg[cpu]" and run `rembg d isnet-general-use` once, or use the mask "grabcut"')
+        raise UserError('rembg is not installed, or its model is not on this disk',
+            'pip install "rembg[cpu]" and run `rembg d isnet-general-use` once, or use the mask "grabcut"')
     if mask != 'grabcut' and model:
         try: found = _rembg_mask(rgb, model)
         except (Exception, SystemExit) as e:
@@ -226,10 +230,10 @@ def find_mask(
         else:
             notes.append(f'Mask: rembg with {model}')
             return found*alpha
-    notes.append('Mask: GrabCut, for the picture has no transparency. If it missed the object, give a picture with transparency, or a mask file')
+    notes.append('Mask: GrabCut, for the picture has no transparency. If it missed the object, give a picture with transparency or a mask file')
     return grabcut_mask(rgb)*alpha
 
-# %% ../nbs/10_preprocess.ipynb #e4b7ae1e
+# %% ../nbs/10_preprocess.ipynb #842321e9
 def _resized(rgb, mask, depth, height, width=None):
     size = height, width or height
     if depth is not None:
@@ -262,30 +266,6 @@ class Reference:
         "The same, on `device`"
         return Reference(self.rgb.to(device), self.mask.to(device), None if self.depth is None else self.depth.to(device),
             self.camera.to(device), self.rgba, self.notes)
-
-    def save(self,
-        folder: str | Path, # Where to; made if need be
-    ) -> None:
-        "Write pictures to look at, and one file from which `load` makes exactly the same again"
-        folder = Path(folder)
-        tensors = dict(rgb=self.rgb, mask=self.mask, c2w=self.camera.c2w, rgba=torch.from_numpy(self.rgba))
-        if self.depth is not None: tensors['depth'] = self.depth
-        about = dict(fovy=str(self.camera.fovy), notes=json.dumps(self.notes))
-        save_png(folder/'rgba.png', torch.cat([self.rgb, self.mask], -1))
-        if self.depth is not None: save_png(folder/'depth.png', depth_to_rgb(self.depth*self.mask, self.mask))
-        with atomic_write(folder/'reference.safetensors') as tmp: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, tmp, about)
-
-    @classmethod
-    def load(cls,
-        folder: str | Path, # What `save` was given
-    ) -> 'Reference':
-        "The reference that was saved"
-        path = Path(folder)/'reference.safetensors'
-        try:
-            with safe_open(path, 'pt') as f: t, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        except (OSError, SafetensorError) as e: raise UserError(f'{path} cannot be read ({e})', 'Begin a new run') from e
-        camera = Camera(t['c2w'], float(about['fovy']), *t['rgb'].shape[:2])
-        return cls(t['rgb'], t['mask'], t.get('depth'), camera, t['rgba'].numpy(), json.loads(about['notes']))
 
     def __repr__(self): return f'Reference({len(self.rgb)}x{len(self.rgb)}, depth={self.depth is not None}, notes={self.notes})'
     def _repr_jpeg_(self):
@@ -344,7 +324,7 @@ def take_window(
     pad = -left, left + side - w, -top, top + side - h
     return F.pad(image.permute(2, 0, 1), pad, value=fill).permute(1, 2, 0)
 
-# %% ../nbs/10_preprocess.ipynb #c81bc537
+# %% ../nbs/10_preprocess.ipynb #9ef5a7cc
 def read_depth(
     path: str | Path, # A picture: white is near; 8 or 16 bits, grey or colour
     size: tuple[int, int], # Height and width of the photo it belongs to
@@ -353,7 +333,8 @@ def read_depth(
     "A depth picture as depth"
     img = open_image(path, notes)
     if abs(img.width*size[0]/(img.height*size[1]) - 1) > .01:
-        raise UserError(f'The depth {path} is {img.width} x {img.height} pixels, the photo {size[1]} x {size[0]}', 'Give a depth of the same shape, or "none"')
+        raise UserError(f'The depth {path} is {img.width} x {img.height} pixels, the photo {size[1]} x {size[0]}',
+            'Give a depth of the same shape, or "none"')
     return 1 - cv2.resize(_levels(img), size[::-1], interpolation=cv2.INTER_AREA)
 
 def sibling_depth(
@@ -364,7 +345,7 @@ def sibling_depth(
     names = f'{path.stem}_depth.png', 'depth.png'
     return next((path.with_name(n) for n in names if path.with_name(n).is_file() and n != path.name), None)
 
-# %% ../nbs/10_preprocess.ipynb #dd1b24cb
+# %% ../nbs/10_preprocess.ipynb #10c6b0b6
 _dpt_ids = 'Intel/dpt-beit-large-512', 'Intel/dpt-large', 'Intel/dpt-hybrid-midas', 'depth-anything/Depth-Anything-V2-Small-hf'
 
 def local_depth_model(
@@ -395,7 +376,8 @@ def estimate_depth(
     "Ask a network how far away everything is"
     from transformers import AutoModelForDepthEstimation
     try: network = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True).to(rgb.device).float().eval()
-    except (OSError, ValueError) as e: raise UserError(f'No depth network could be loaded from {folder}', 'Give a folder or a downloaded hub id as "dpt:FOLDER", or use "none"') from e
+    except (OSError, ValueError) as e: raise UserError(f'No depth network could be loaded from {folder}',
+        'Give a folder or a downloaded hub id as "dpt:FOLDER", or use "none"') from e
     answer = network(_network_input(rgb, folder, network.config)).predicted_depth[0, ..., None]
     answer = area_resize(answer, *rgb.shape[:2])
     if getattr(network.config, 'depth_estimation_type', 'relative') != 'metric': answer = -answer
@@ -403,17 +385,19 @@ def estimate_depth(
     lo, hi = answer[on].min(), answer[on].max()
     return torch.where(on, (answer - lo)/(hi - lo).clamp(min=1e-8), 1.).clamp(0, 1)
 
-# %% ../nbs/10_preprocess.ipynb #64a198c3
+# %% ../nbs/10_preprocess.ipynb #fd1acdf1
 DEPTHS = 'auto', 'sibling', 'dpt', 'tiny', 'none'
 
 def _given_depth(depth, path, size, notes):
     "The depth that lies in a file, on the photo's own grid, if any is to be used"
     if str(depth).partition(':')[0] not in DEPTHS:
-        if not Path(depth).is_file(): raise UserError(f'There is no depth "{depth}"', f'Choose one of {", ".join(DEPTHS)}, "dpt:FOLDER", or a depth file')
+        if not Path(depth).is_file(): raise UserError(f'There is no depth "{depth}"',
+            f'Choose one of {", ".join(DEPTHS)}, "dpt:FOLDER", or a depth file')
         notes.append(f'Depth: from {Path(depth).name}')
         return read_depth(depth, size, notes)
     beside = sibling_depth(path) if depth in ('auto', 'sibling') else None
-    if depth == 'sibling' and beside is None: raise UserError(f'There is no depth picture beside {path}', f'Put {Path(path).stem}_depth.png or depth.png there, or use "auto"')
+    if depth == 'sibling' and beside is None: raise UserError(f'There is no depth picture beside {path}',
+        f'Put {Path(path).stem}_depth.png or depth.png there, or use "auto"')
     if beside is None: return None
     try: found = read_depth(beside, size, notes)
     except UserError as e:
@@ -431,7 +415,8 @@ def _estimated_depth(depth, rgb, mask, notes):
             notes.append(f'Depth: estimated by {"the tiny network that comes with the book" if name == "tiny" else found}')
             return estimate_depth(rgb, mask, found)
     if kind == 'auto': return notes.append('Depth: none; there is no depth picture and no network on this disk')
-    raise UserError(f'The depth network "{kind}" is not on this disk', 'Use the depth "auto", or download Intel/dpt-large and give its folder as "dpt:FOLDER"')
+    raise UserError(f'The depth network "{kind}" is not on this disk',
+        'Use the depth "auto", or download Intel/dpt-large and give its folder as "dpt:FOLDER"')
 
 def _check(notes, mask, path):
     "Say what may surprise"
@@ -443,7 +428,7 @@ def _check(notes, mask, path):
     edges = [name for name, at, end in zip(('top', 'left', 'bottom', 'right'), box, (0, 0, h, w)) if at == end]
     if edges: notes.append(f'The object touches the {" and ".join(edges)} of the frame: what lies beyond is left to the priors (recentre gives it room)')
 
-# %% ../nbs/10_preprocess.ipynb #ce7f987a
+# %% ../nbs/10_preprocess.ipynb #afa0effa
 def load_reference(
     source: str | Path | Toy, # A photo, a toy, or the name of one such as 'toybox:teddy_bear:17'
     polar: float = 90., # Degrees from +y: how high the camera was; 90 is level (paper 3.2)
@@ -461,7 +446,8 @@ def load_reference(
     if str(source).startswith('toybox:'): source = parse_toy(str(source))
     if isinstance(source, Toy): return reference_from_toy(source, Camera.orbit(polar, azimuth, radius, fovy)).to(device)
     if shape not in SHAPES: raise UserError(f'Unknown shape "{shape}"', f'Choose one of {", ".join(SHAPES)}')
-    if not 0 <= recentre <= 1: raise UserError(f'recentre is {recentre}', 'Choose a share of the frame between 0 (off) and 1; .75 is common')
+    if not 0 <= recentre <= 1: raise UserError(f'recentre is {recentre}',
+        'Choose a share of the frame between 0 (off) and 1; .75 is common')
     notes = []
     rgba = read_image(source, notes)
     alpha = torch.tensor(find_mask(rgba, mask, notes))[..., None]

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['to_screen', 'edge_functions', 'visible_faces', 'Fragments', 'fragments', 'rasterize', 'interpolate', 'vertex_normals',
-           'outline', 'antialias']
+           'outline', 'outline_crossings', 'antialias']
 
-# %% ../nbs/31_raster.ipynb #2404c8f2
+# %% ../nbs/31_raster.ipynb #78c2f563
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera
+from .hashgrid import jit, numba_threads
 
-# %% ../nbs/31_raster.ipynb #f9044d9f
+# %% ../nbs/31_raster.ipynb #1892fce6
 def to_screen(
     camera: Camera,
     vertices: Tensor, # (V,3), world space
 ) -> Tensor: # (V,3): pixel x times depth, pixel y times depth, depth
     "Homogeneous pixel coordinates: linear in the vertices, also behind the camera"
-    x, y, z = ((vertices - camera.origin) @ camera.c2w[:3, :3]).unbind(-1)
+    c2w = camera.c2w.to(vertices.device)
+    x, y, z = ((vertices - c2w[:3, 3]) @ c2w[:3, :3]).unbind(-1)
     return torch.stack([camera.focal*x - camera.width/2*z, -camera.focal*y - camera.height/2*z, -z], -1)
 
 # %% ../nbs/31_raster.ipynb #5835e594
@@ -68,21 +70,21 @@ def _zbuffer_torch(screen, faces, height, width, near, budget=1<<22):
         best.scatter_reduce_(0, (y*width + x)[hit], (depth[hit].view(torch.int32).long() << 32) | f[hit], 'amin')
     return torch.where(best == empty, -1, best & 0xffffffff).view(height, width)
 
-# %% ../nbs/31_raster.ipynb #1f2eb0e3
-@lru_cache
+# %% ../nbs/31_raster.ipynb #68b48ca3
+@cache
 def _numba_kernel():
-    import numba
+    from numba import prange
     half, slack = np.float32(.5), np.float32(.001)
-    @numba.njit
+    @jit()
     def span(a, b, c, size):
         lo, hi = min(a, b, c) - half - slack, max(a, b, c) - half + slack
         if not (hi >= 0 and lo <= size - 1): return 0, -1
         return int(np.ceil(max(lo, np.float32(0)))), int(np.floor(min(hi, np.float32(size - 1))))
-    @numba.njit(parallel=True)
+    @jit(parallel=True)
     def zbuffer(screen, faces, height, width, near, bands):
         ids = np.full((height, width), -1, np.int64)
         nearest = np.full((height, width), np.float32(np.inf))
-        for band in numba.prange(bands):
+        for band in prange(bands):
             top, end = band*height//bands, (band + 1)*height//bands
             for f in range(len(faces)):
                 ax, ay, aw = screen[faces[f, 0]]
@@ -110,11 +112,17 @@ def _numba_kernel():
     return zbuffer
 
 def _zbuffer_numba(screen, faces, height, width, near):
-    import numba
-    ids = _numba_kernel()(screen.contiguous().numpy(), faces.contiguous().numpy(), height, width, np.float32(near), 4*numba.get_num_threads())
-    return torch.from_numpy(ids)
+    bands = 4*numba_threads()
+    screen, faces = (o.contiguous().numpy() for o in (screen, faces))
+    return torch.from_numpy(_numba_kernel()(screen, faces, height, width, np.float32(near), bands))
 
-# %% ../nbs/31_raster.ipynb #4f3172c9
+@cache
+def _has_numba():
+    try: import numba
+    except Exception: return False
+    return True
+
+# %% ../nbs/31_raster.ipynb #95694e91
 @torch.no_grad()
 def visible_faces(
     screen: Tensor, # (V,3) from `to_screen`, or any homogeneous pixel coordinates
@@ -125,7 +133,7 @@ def visible_faces(
     backend: str = 'auto', # 'torch' (any device), 'numba' (CPU); 'auto' takes the fastest
 ) -> Tensor: # (H,W) int64: the nearest triangle at each pixel's centre, -1 for none
     "Which triangle is seen at each pixel"
-    if backend == 'auto': backend = 'numba' if screen.device.type == 'cpu' else 'torch'
+    if backend == 'auto': backend = 'numba' if screen.device.type == 'cpu' and _has_numba() else 'torch'
     if backend not in ('torch', 'numba'): raise ValueError(f"backend {backend!r} is none of 'auto', 'torch', 'numba'")
     zbuffer = _zbuffer_numba if backend == 'numba' else _zbuffer_torch
     return zbuffer(screen.detach().float(), faces.long(), height, width, near)
@@ -184,97 +192,108 @@ def interpolate(
     at = attributes.index_select(0, fragments.corners.view(-1)).view(3, -1, attributes.shape[1])
     return (at*fragments.weights[..., None]).sum(0)
 
-# %% ../nbs/31_raster.ipynb #5cb72aea
+# %% ../nbs/31_raster.ipynb #bea8e8a8
 def vertex_normals(
     vertices: Tensor, # (V,3)
     faces: Tensor, # (F,3), counter-clockwise from outside
-    area_weighted: bool = True, # Large faces count more; the official code counts all alike
+    area_weighted: bool = False, # Let large faces count more; the official code does not
 ) -> Tensor: # (V,3), unit length
     "The mean normal of the faces around each vertex"
     corners = faces.t().reshape(-1)
     a, b, c = vertices.index_select(0, corners).view(3, -1, 3)
     normal = torch.linalg.cross(b - a, c - a)
-    if not area_weighted: normal = F.normalize(normal, dim=1, eps=1e-20)
-    return F.normalize(torch.zeros_like(vertices).index_add(0, corners, normal.repeat(3, 1)), dim=1, eps=1e-20)
+    if not area_weighted: normal = _unit(normal)
+    return _unit(torch.zeros_like(vertices).index_add(0, corners, normal.repeat(3, 1)))
 
-# %% ../nbs/31_raster.ipynb #7cdb33d1
+def _unit(v): # shorter than a thousandth of the mean stays short, and so its gradient stays finite
+    length = v.norm(dim=1, keepdim=True)
+    return v/length.clamp(min=1e-3*length.detach().mean())
+
+# %% ../nbs/31_raster.ipynb #fc8018b7
 @torch.no_grad()
 def outline(
     screen: Tensor, # (V,3) from `to_screen`
-    faces: Tensor, # (F,3)
-) -> Tensor: # (S,2): mesh edges, directed so that the surface lies on the same side as in a face seen from its front
-    "The edges where the surface turns away from the viewer, or ends"
+    faces: Tensor, # (F,3), all turning the same way
+) -> Tensor: # (S,2): mesh edges, in the direction of the face that looks at the viewer
+    "The edges where a surface turns away from the viewer, or ends"
     V, after = len(screen), faces.roll(-1, 1)
-    front = (_corners(screen, faces)[:, 0]*torch.linalg.cross(*_corners(screen, faces)[:, 1:].unbind(1), dim=0)).sum(0) < 0
-    seen = torch.zeros(2, V, dtype=torch.bool, device=screen.device)
-    seen[0, faces[front].view(-1)] = True
-    seen[1, faces[~front].view(-1)] = True
-    opening = torch.zeros(V, dtype=torch.long, device=screen.device).index_add_(0, faces.view(-1), (after - faces.roll(1, 1)).view(-1))
-    turning = seen.all(0) | (opening != 0)
+    a, b, c = _corners(screen, faces).unbind(1)
+    front = (a*torch.linalg.cross(b, c, dim=0)).sum(0) < 0
+    shows = torch.zeros(2, V, dtype=torch.bool, device=screen.device)
+    shows[0, faces[front].view(-1)] = True
+    shows[1, faces[~front].view(-1)] = True
+    gap = torch.zeros(V, dtype=torch.long, device=screen.device)
+    gap.index_add_(0, faces.view(-1), (after**3 - faces.roll(1, 1)**3).view(-1))
+    turning = shows.all(0) | (gap != 0)
     f, k = (turning[faces] & turning[after]).nonzero(as_tuple=True)
     i, j, front = faces[f, k], after[f, k], front[f]
-    _, edge, count = torch.unique(torch.minimum(i, j)*V + torch.maximum(i, j), return_inverse=True, return_counts=True)
-    fronts = torch.zeros_like(count).index_add_(0, edge, front.long())[edge]
-    count = count[edge]
-    keep = (fronts < count) & (front | (count == 1) & ~front) & (fronts > 0) | (count == 1)
+    _, edge, sides = torch.unique(torch.minimum(i, j)*V + torch.maximum(i, j), return_inverse=True, return_counts=True)
+    fronts = torch.zeros_like(sides).index_add_(0, edge, front.long())
+    keep = (sides == 1)[edge] | front & (fronts < sides)[edge]
     return torch.where(front[:, None], torch.stack([i, j], 1), torch.stack([j, i], 1))[keep]
 
-# %% ../nbs/31_raster.ipynb #ab2ad7f5
-@torch.no_grad()
-def _crossings(screen, edges, depth, near):
-    "Where outline edges pass between two pixel centres, the inner of which they bound: edge, scan line, inner and outer pixel"
-    height, width = depth.shape
-    edges = edges[(screen[edges, 2] >= near).all(1)]
-    ends = screen[edges]
-    xy = ends[..., :2]/ends[..., 2:]
-    step = xy[:, 1] - xy[:, 0]
-    steep = step[:, 1].abs() >= step[:, 0].abs()
-    along = torch.where(steep[:, None], xy[..., 1], xy[..., 0])
-    lines = torch.where(steep, height, width)
-    first = (along.amin(1) - .5).ceil().clamp(min=0).long()
-    last = torch.minimum((along.amax(1) - .5).ceil().clamp(max=1e6).long(), lines)
-    count = (last - first).clamp(min=0)
-    n = torch.arange(len(edges), device=screen.device).repeat_interleave(count)
-    line = first[n] + torch.arange(len(n), device=n.device) - (count.cumsum(0) - count)[n]
-    share, across = _crossing(ends[n], steep[n], line)
-    low = (across - .5).floor().long()
-    inner_low = torch.where(steep, step[:, 1] < 0, step[:, 0] > 0)[n]
-    inner, outer = torch.where(inner_low, low, low + 1), torch.where(inner_low, low + 1, low)
-    size = torch.where(steep, width, height)[n]
-    pixel = lambda c: torch.where(steep[n], line*width + c, c*width + line)
-    inside = (low >= 0) & (low + 1 < size)
-    p, q = pixel(inner).where(inside, 0), pixel(outer).where(inside, 0)
-    edge_depth = 1/torch.lerp(1/ends[n, 0, 2], 1/ends[n, 1, 2], share)
-    z = depth.view(-1)
-    keep = inside & (z[p] < z[q]) & (edge_depth < z[q])
-    reach = (across - (inner + .5)).abs()
-    n, line, p, q, reach, inner = (o[keep] for o in (n, line, p, q, reach, inner))
-    order = reach.argsort(stable=True)
-    order = order[(p*4 + (q - p > 0)*2 + ((q - p).abs() > 1))[order].argsort(stable=True)]
-    n, line, p, q, inner = (o[order] for o in (n, line, p, q, inner))
-    outermost = torch.ones_like(p, dtype=torch.bool)
-    outermost[:-1] = (p[1:] != p[:-1]) | (q[1:] != q[:-1])
-    n, line, p, q, inner = (o[outermost] for o in (n, line, p, q, inner))
-    return edges[n], steep[n], line, inner, p, q
-
+# %% ../nbs/31_raster.ipynb #b257a612
 def _crossing(ends, steep, line):
-    "How far along an edge it crosses the centre of a scan line, and where on that line"
+    "How far along each edge it meets the centre of a scan line, and where on the line"
     xy = ends[..., :2]/ends[..., 2:]
     along, across = torch.where(steep[:, None, None], xy.flip(-1), xy).unbind(-1)
     share = (line + .5 - along[:, 0])/(along[:, 1] - along[:, 0])
     return share, torch.lerp(across[:, 0], across[:, 1], share)
 
+@torch.no_grad()
+def _scan_lines(ends, height, width):
+    "Every (edge, scan line) that meet: rows for a steep edge, columns for a flat one"
+    xy = ends[..., :2]/ends[..., 2:]
+    step = (xy[:, 1] - xy[:, 0]).abs()
+    steep = step[:, 1] >= step[:, 0]
+    along = torch.where(steep[:, None], xy[..., 1], xy[..., 0]).clamp(-1, max(height, width) + 1)
+    first, last = ((o - .5).ceil().long().clamp(min=0) for o in (along.amin(1), along.amax(1)))
+    count = (torch.minimum(last, torch.where(steep, height, width)) - first).clamp(min=0)
+    edge = torch.arange(len(ends), device=ends.device).repeat_interleave(count)
+    return edge, first[edge] + torch.arange(len(edge), device=ends.device) - (count.cumsum(0) - count)[edge], steep[edge]
+
+@torch.no_grad()
+def outline_crossings(
+    screen: Tensor, # (V,3) from `to_screen`
+    edges: Tensor, # (S,2) from `outline`
+    depth: Tensor, # (H,W): what is seen at each pixel, infinite where nothing is
+    near: float = .01, # Nothing nearer is seen
+) -> tuple[Tensor, ...]: # For each crossing: its edge (2,), whether that is steep, its scan line, the pixels inside and outside
+    "Where a visible outline runs between the centres of two neighbouring pixels"
+    height, width = depth.shape
+    edges = edges[(screen[edges, 2] >= near).all(1)]
+    edge, line, steep = _scan_lines(screen[edges], height, width)
+    ends = screen[edges[edge]]
+    share, across = _crossing(ends, steep, line)
+    low = (across - .5).floor().clamp(-2, max(height, width)).long()
+    step = (ends[..., :2]/ends[..., 2:]).diff(dim=1)[:, 0]
+    left = torch.where(steep, step[:, 1] < 0, step[:, 0] > 0).long()
+    exists = (low >= 0) & (low + 1 < torch.where(steep, width, height))
+    pixel = lambda at: torch.where(exists, torch.where(steep, line*width + at, at*width + line), 0)
+    inside, outside = pixel(low + 1 - left), pixel(low + left)
+    behind, z = depth.view(-1)[outside], 1/torch.lerp(1/ends[:, 0, 2], 1/ends[:, 1, 2], share)
+    seen = (exists & (z < behind) & (depth.view(-1)[inside] < behind)).nonzero()[:, 0]
+    pair, reach = inside*depth.numel() + outside, (across - low - 1.5 + left).abs()
+    order = seen[reach[seen].argsort(stable=True)]
+    order = order[pair[order].argsort(stable=True)]
+    outermost = torch.ones_like(order, dtype=torch.bool)
+    outermost[:-1] = pair[order].diff() != 0
+    keep = order[outermost]
+    return tuple(o[keep] for o in (edges[edge], steep, line, inside, outside))
+
+# %% ../nbs/31_raster.ipynb #3243c514
 def antialias(
     fragments: Fragments,
-    image: Tensor, # (H,W,C) as rasterised: each pixel all surface or all background
+    image: Tensor, # (H,W,C), point-sampled: each pixel all of one surface
     near: float = .01, # Nothing nearer is seen
 ) -> Tensor: # (H,W,C)
-    "Blend the two pixels on either side of an outline by where exactly it runs between them"
-    height, width = fragments.ids.shape
+    "Blend the pixels on both sides of an outline by where it runs between their centres"
+    width = fragments.ids.shape[1]
     depth = fragments.image(fragments.depth.detach()[:, None], float('inf'))[..., 0]
-    edges, steep, line, inner, p, q = _crossings(fragments.screen, outline(fragments.screen, fragments.faces), depth, near)
+    edges, steep, line, p, q = outline_crossings(fragments.screen, outline(fragments.screen, fragments.faces), depth, near)
     _, across = _crossing(fragments.screen.index_select(0, edges.view(-1)).view(-1, 2, 3), steep, line)
-    excess = ((across - (inner + .5)).abs() - .5)[:, None]
-    flat = image.reshape(height*width, -1)
+    centre = torch.where(steep, p%width, p//width) + .5
+    excess = ((across - centre).abs() - .5)[:, None]
+    flat = image.reshape(-1, image.shape[-1])
     change = (flat.index_select(0, p) - flat.index_select(0, q))*excess
     return flat.index_add(0, torch.where(excess[:, 0] < 0, p, q), change).view(image.shape)

@@ -67,7 +67,11 @@ def allowed(
     at_most = next((f'at most {m.le:g}' for m in field.metadata if hasattr(m, 'le')), '')
     return ' and '.join(o for o in (at_least or above, at_most) if o)
 
-# %% ../nbs/50_recipe.ipynb #12f3ab43
+# %% ../nbs/50_recipe.ipynb #d58c6b91
+def _user_error(message, hint):
+    from magic123.show import UserError # brings torch: two seconds that `--help` need not wait for
+    return UserError(message, hint)
+
 _kinds = dict(int='a whole number', float='a number', bool='true or false', str='text', tuple='two numbers')
 
 def nearest(
@@ -101,11 +105,10 @@ def checked(
     origin: str = 'recipe', # Who said so: for the message
 ) -> Settings:
     "Make `model` from `data`, or tell the user all that is wrong with it"
-    from magic123.show import UserError
     try: return model.model_validate(data)
     except ValidationError as e:
         found = [_complaint(o, leaves(model)) for o in e.errors(include_url=False)]
-        raise UserError(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found),
+        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found),
             'See `magic123 run --help` for every setting, its range and its default') from e
 
 # %% ../nbs/50_recipe.ipynb #d58c0eb3
@@ -150,7 +153,7 @@ class NovelSettings(Settings):
     fovy: span(5, 120) = setting((40., 40.), 'official code 3.2', 'Range of fields of view in degrees')
     uniform_sphere_rate: float = setting(.5, 'official code 3.2', 'How often to ignore the ranges and look from anywhere above', ge=0, le=1)
 
-# %% ../nbs/50_recipe.ipynb #84856010
+# %% ../nbs/50_recipe.ipynb #68a41461
 class NeRFSettings(Settings):
     "The coarse scene"
     levels: int = setting(16, 'official code 3.3', 'Levels of the hash grid', ge=1, le=32)
@@ -168,12 +171,15 @@ class NeRFSettings(Settings):
     samples: int = setting(1024, 'official code 3.3', 'Samples that a ray could have at most', ge=8, le=8192)
     occupancy: int = setting(128, 'official code 3.3', 'Cells along an edge of the occupancy grid', ge=8, le=512)
     occupancy_interval: int = setting(16, 'official code 3.3', 'Steps between its updates', ge=1, le=10000)
+    normals: Literal['density', 'depth'] = setting('depth', 'paper 2.1.1: finite differences of the depth', 'Where normals come from')
     normal_eps: float = setting(1e-2, 'official code 3.3', 'Step of the finite differences for normals', gt=0, le=.5)
 
 class DMTetSettings(Settings):
     "The fine scene"
-    lattice: int = setting(256, 'official code 3.5', 'Cells along an edge of the tetrahedral lattice', ge=4, le=512)
+    resolution: int = setting(256, 'official code 3.5', 'Cells along an edge of the tetrahedral lattice', ge=4, le=512)
     density_threshold: float = setting(10., 'official code 3.5', 'Highest density that the surface may start from', gt=0, le=1e4)
+    margin: float = setting(.1, 'official code 3.5', 'Room around the object', ge=0, le=1)
+    samples: int = setting(128, 'official code 3.5: its occupancy grid', 'Points along an edge of the grid that looks for the object', ge=8, le=512)
 
 class ExportSettings(Settings):
     "What is written at the end"
@@ -313,7 +319,7 @@ class Recipe(Settings):
     fine: Stage = Stage(**_nested(PAPER_FINE))
     export: ExportSettings = ExportSettings()
 
-# %% ../nbs/50_recipe.ipynb #42072c72
+# %% ../nbs/50_recipe.ipynb #a57c52c1
 _two = lambda path, value, source: [Change(f'{stage}.{path}', value, source) for stage in ('coarse', 'fine')]
 
 OFFICIAL = [
@@ -323,6 +329,7 @@ OFFICIAL = [
     Change('coarse.light.normal_fraction', .2, 'official code 3.1, row 3'),
     *_two('light.textureless', .2, 'official code 3.4, row 4'),
     *_two('background', 'random', 'official code 0.3, row 5'),
+    Change('nerf.normals', 'density', 'official code 3.3, row 6'),
     *_two('stop_gradient', False, 'official code 3.4, row 7'),
     Change('coarse.weights.normal_tv', .5, 'official code 3.1, row 7'),
     Change('fine.weights.normal_smooth', 0., 'official code 3.1, row 7'),
@@ -346,7 +353,7 @@ OFFICIAL = [
     Change('photo.shape', 'squash', 'official code 0.4'),
 ]
 
-# %% ../nbs/50_recipe.ipynb #d425cf73
+# %% ../nbs/50_recipe.ipynb #c6584853
 QUICK = [
     *[Change(f'priors.{p}', 'tiny', 'ours: embedded') for p in ('stable_diffusion', 'zero123')],
     Change('priors.guidance_2d', 10., 'measured C.4'),
@@ -357,7 +364,8 @@ QUICK = [
     Change('nerf.masked_fraction', .3, 'ours: few steps'),
     Change('nerf.samples', 128, 'measured C.4: 64 samples a ray are enough; here for twice the depth'),
     Change('nerf.occupancy', 64, 'ours: as fine as the coarse view'),
-    Change('dmtet.lattice', 64, 'ours: minutes'),
+    Change('dmtet.resolution', 64, 'ours: minutes'),
+    Change('dmtet.samples', 64, 'ours: as fine as the coarse view'),
     Change('coarse.steps', 300, 'measured C.8: 250 to 500'),
     Change('coarse.resolution', 64, 'measured C.8: 48 to 64'),
     Change('coarse.reference_resolution', 96, 'official code 3.1: 1.5 times the novel view'),
@@ -395,8 +403,7 @@ def preset(
     name: str = 'quick', # One of `PRESETS`
 ) -> Recipe:
     "A recipe by its name"
-    from magic123.show import UserError
-    if name not in PRESETS: raise UserError(f'There is no recipe called {name!r}', f'Choose one of {", ".join(PRESETS)}, or a JSON file')
+    if name not in PRESETS: raise _user_error(f'There is no recipe called {name!r}', f'Choose one of {", ".join(PRESETS)}, or a JSON file')
     return cls(name=name).replace({c.path: c.value for c in PRESETS[name]}, f'preset {name}')
 
 # %% ../nbs/50_recipe.ipynb #a26dd310
@@ -422,22 +429,21 @@ def replace(
         place[name] = value
     return checked(type(self), data, origin)
 
-# %% ../nbs/50_recipe.ipynb #419246e7
+# %% ../nbs/50_recipe.ipynb #aa7583de
 @patch(cls_method=True)
 def load(
     cls: Recipe,
     source: str | Path | dict, # A preset's name, a JSON file or its contents
 ) -> Recipe:
     "The recipe that `source` means"
-    from magic123.show import UserError
     if isinstance(source, str) and source in PRESETS: return cls.preset(source)
     if not isinstance(source, dict):
         if not str(source).endswith('.json'): return cls.preset(str(source))
         try: data = json.loads(Path(source).read_text())
-        except OSError as e: raise UserError(f'Could not read the recipe {source}: {e.strerror}', 'Check the path, or name a preset: ' + ', '.join(PRESETS)) from e
-        except ValueError as e: raise UserError(f'{source} is not JSON: {e}', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}') from e
+        except OSError as e: raise _user_error(f'Could not read the recipe {source}: {e.strerror}', 'Check the path, or name a preset: ' + ', '.join(PRESETS)) from e
+        except ValueError as e: raise _user_error(f'{source} is not JSON: {e}', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}') from e
     else: data = source
-    if not isinstance(data, dict): raise UserError(f'{source} holds no recipe', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}')
+    if not isinstance(data, dict): raise _user_error(f'{source} holds no recipe', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}')
     data = data.get('recipe', data)
     return cls.preset(data.get('name', 'quick')).replace(data, f'recipe {source}' if not isinstance(source, dict) else 'recipe')
 

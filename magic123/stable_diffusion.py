@@ -21,7 +21,7 @@ from .cameras import Camera
 from .shading import View
 from .sds import add_noise, classifier_free_guidance, draw_noise, draw_timesteps, sds
 
-# %% ../nbs/41_stable_diffusion.ipynb #c824bd5f
+# %% ../nbs/41_stable_diffusion.ipynb #47b3fffc
 SAFE = ('diffusion_pytorch_model', 'model') # What diffusers and transformers call a part's weights
 
 def _weights(part):
@@ -40,6 +40,8 @@ def find_part(
     whole = lambda p: (p/'config.json').is_file() and _weights(p)[0] if weights else any(p.glob('*.json'))
     return next((p for p in places if whole(p)), None)
 
+def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
 PARTS = dict(unet=True, vae=True, text_encoder=True, tokenizer=False, scheduler=False) # name: does it have weights?
 
 def find_folder(
@@ -56,22 +58,24 @@ def find_folder(
             'Take a copy with .safetensors files, or convert it where you trust it')
         raise UserError(f'{source} lacks {", ".join(missing)}', 'A prior is a folder in diffusers layout: '
             'each part a subfolder with config.json and .safetensors weights')
-    if Path(source).is_file(): raise UserError(f'{source} is a file, a prior is a folder in diffusers layout', 'Convert it with diffusers, or take a copy in that layout')
+    if Path(source).is_file():
+        raise UserError(f'{source} is a file, a prior is a folder in diffusers layout', 'Convert it with diffusers, or take a copy in that layout')
     if source.count('/') != 1 or source.startswith(('.', '/', '~')): raise UserError(f'No such folder: {source}',
         'Give a folder in diffusers layout, or a name on the hub such as stable-diffusion-v1-5/stable-diffusion-v1-5')
     from huggingface_hub import snapshot_download
-    files = ['*/*.json', '*/merges.txt'] + [f'*/{name}.safetensors' for name in SAFE]
-    half = [f'*/{name}.fp16.safetensors' for name in SAFE]
-    for how in (dict(local_files_only=True), dict(allow_patterns=files), dict(allow_patterns=files + half)):
+    heavy = [f'{name}/{file}' for part, weights in parts.items() if weights for name in part.split('|') for file in SAFE]
+    light, half = ['*/*.json', '*/merges.txt'], [f'{f}.fp16.safetensors' for f in heavy]
+    whole = [f'{f}{shard}.safetensors' for f in heavy for shard in ('', '-0*')]
+    for how in (dict(local_files_only=True), dict(allow_patterns=light + whole), dict(allow_patterns=light + half)):
         try: folder = Path(snapshot_download(source, **how))
-        except Exception as e: why = e
+        except Exception as e: why = _first_line(e)
         else:
             if not (missing := gaps(folder)): return folder
             why = f'it lacks {", ".join(missing)}'
-    raise UserError(f'{source} is not on this machine, and the hub did not give it: {str(why).splitlines()[0]}',
+    raise UserError(f'{source} is not on this machine, and the hub did not give it: {why}',
         f'With a connection, `hf download {source}` fetches it (gigabytes); without, copy the folder here and give its path')
 
-# %% ../nbs/41_stable_diffusion.ipynb #4aaf4b36
+# %% ../nbs/41_stable_diffusion.ipynb #b1fc6116
 @contextmanager
 def quiet():
     "No bars and no notices from diffusers and transformers, then as before"
@@ -100,19 +104,26 @@ def load_part(
     try:
         with quiet(): model, info = kind.from_pretrained(folder, variant=variant or None, use_safetensors=True, local_files_only=True,
             output_loading_info=True)
-    except Exception as e: raise UserError(f'{file} could not be read: {str(e).splitlines()[0]}', 'Fetch it again, or compare its size with the original') from e
-    if absent := sorted(info['missing_keys']): raise UserError(f'{file} lacks {len(absent)} weights that its config.json asks for, such as {absent[0]}',
-        'Fetch weights and config.json from the same place')
+    except Exception as e:
+        raise UserError(f'{file} could not be read: {_first_line(e)}', 'Fetch it again, or compare its size with the original') from e
+    if absent := sorted(info['missing_keys']):
+        raise UserError(f'{file} lacks {len(absent)} weights that its config.json asks for, such as {absent[0]}',
+            'Fetch weights and config.json from the same place')
     with quiet(): model = model.to(device, dtype).eval().requires_grad_(False)
     if folder.name == 'vae': _vaes[key] = model
     return model
 
-# %% ../nbs/41_stable_diffusion.ipynb #328a6df7
-WORDS = 'a photo picture rendering of my the one small toy bear mug red blue green white yellow with dots and stripes, front side back view object'
+# %% ../nbs/41_stable_diffusion.ipynb #31e4c436
+WORDS = '''photo of picture rendering my the one small toy bear mug object red blue green white yellow dots stripes with and
+    front side back view'''.split()
 
-def _tokenizer(texts):
-    from transformers import CLIPTokenizer
-    return CLIPTokenizer(model_max_length=32).train_new_from_iterator(texts, vocab_size=700, show_progress=False)
+def _tokenizer():
+    from transformers import AddedToken, CLIPTokenizer
+    letters = 'abcdefghijklmnopqrstuvwxyz,'
+    vocab = ['<|startoftext|>', '<|endoftext|>', *letters, *(f'{c}</w>' for c in letters)]
+    tokenizer = CLIPTokenizer({w: i for i, w in enumerate(vocab)}, [], model_max_length=32)
+    tokenizer.add_tokens([AddedToken(w, single_word=True, normalized=True) for w in WORDS])
+    return tokenizer
 
 def _save(model, folder): model.half().save_pretrained(folder, safe_serialization=True)
 
@@ -146,9 +157,10 @@ def tiny_random(
     **unet, # Passed on to `tiny_unet`
 ) -> Path: # `folder/stable_diffusion`
     "Write a 2D prior in miniature, with random weights"
-    from transformers import CLIPTextConfig, CLIPTextModel
-    home, words = Path(folder)/'stable_diffusion', _tokenizer([WORDS]*2)
+    home = Path(folder)/'stable_diffusion'
     with quiet():
+        from transformers import CLIPTextConfig, CLIPTextModel
+        words = _tokenizer()
         tiny_vae(folder), tiny_unet(home, **unet)
         words.save_pretrained(home/'tokenizer')
         torch.manual_seed(1)
@@ -160,7 +172,7 @@ def tiny_random(
     (home/'model_index.json').write_text(json.dumps({'_class_name': 'StableDiffusionPipeline', **parts}))
     return home
 
-# %% ../nbs/41_stable_diffusion.ipynb #7a2af683
+# %% ../nbs/41_stable_diffusion.ipynb #e6e65416
 def scale_gradient(
     x: Tensor,
     factor: float,
@@ -196,7 +208,8 @@ class LatentDiffusion:
             from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
             schedule = DDIMScheduler.from_pretrained(folder/'scheduler')
         kind = schedule.config.prediction_type
-        if kind not in ('epsilon', 'v_prediction'): raise UserError(f'{folder}/scheduler: prediction_type {kind!r} is unknown here', "Use a model with 'epsilon' or 'v_prediction'")
+        if kind not in ('epsilon', 'v_prediction'):
+            raise UserError(f'{folder}/scheduler: prediction_type {kind!r} is unknown here', "Use a model with 'epsilon' or 'v_prediction'")
         return cls(load_part(AutoencoderKL, find_part(folder, 'vae'), device, dtype),
             load_part(UNet2DConditionModel, find_part(folder, 'unet'), device, dtype), schedule.alphas_cumprod.to(device), kind)
 
@@ -251,10 +264,11 @@ class LatentDiffusion:
     ) -> Tensor: # (B,4,h,w)
         "The guided guess of the noise, from one pass over both conditions"
         n = len(z_t)
-        both = [None if u is None else torch.cat([u.expand(n, *u.shape[1:]), c.expand(n, *c.shape[1:])]) for u, c in zip(uncond, cond)]
-        return classifier_free_guidance(*self.predict_noise(torch.cat([z_t, z_t]), torch.cat([t, t]), Condition(*both)).chunk(2), scale)
+        each = lambda x: x.expand(n, *x.shape[1:])
+        both = Condition(*(None if u is None else torch.cat([each(u), each(c)]) for u, c in zip(uncond, cond)))
+        return classifier_free_guidance(*self.predict_noise(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2), scale)
 
-# %% ../nbs/41_stable_diffusion.ipynb #d068650f
+# %% ../nbs/41_stable_diffusion.ipynb #fc203f18
 @dataclass
 class Words:
     "A tokenizer and a text encoder"
@@ -272,6 +286,12 @@ class Words:
     @property
     def room(self) -> int: return min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings) # tokens
 
+    def unknown(self, text: str) -> list[str]: # Empty for Stable Diffusion, which spells what it doesn't know
+        "Words of `text` that a tokenizer of whole words has never seen"
+        blank = self.tokenizer.unk_token_id
+        if blank in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id): return []
+        return [word for word in text.split() if blank in self.tokenizer(word, add_special_tokens=False).input_ids]
+
     def ids(self, texts: list[str]) -> Tensor: # (n, room)
         "Numbers of the tokens, padded; what doesn't fit is an error and not silently cut"
         with quiet(): lengths = [len(self.tokenizer(text).input_ids) for text in texts]
@@ -285,6 +305,7 @@ class Words:
         "What cross-attention reads"
         return self.encoder(self.ids(texts))[0]
 
+# %% ../nbs/41_stable_diffusion.ipynb #73952b60
 def install_token(
     words: Words, # Gets the token, in place
     token: str, # Its name, such as '<e>'
@@ -292,8 +313,9 @@ def install_token(
 ) -> int: # The token's number
     "Teach a text encoder one more word"
     table = words.encoder.get_input_embeddings().weight
-    if vector.shape != table.shape[1:]: raise UserError(f'The learned token {token} is {vector.numel()} wide, this text encoder {table.shape[1]}',
-        'A token only works with the Stable Diffusion that it was learned with')
+    if vector.shape != table.shape[1:]:
+        raise UserError(f'The learned token {token} is {vector.numel()} wide, this text encoder {table.shape[1]}',
+            'A token only works with the Stable Diffusion that it was learned with')
     words.tokenizer.add_tokens(token)
     number = words.tokenizer.convert_tokens_to_ids(token)
     with quiet(): words.encoder.resize_token_embeddings(max(len(words.tokenizer), len(table)), mean_resizing=False)
@@ -372,7 +394,7 @@ class LatentPrior:
             z = clean if after is None else add_noise(clean, (z - abar[t].sqrt()*clean)/(1 - abar[t]).sqrt(), abar[after, None])
         return model.decode(z)[0]
 
-# %% ../nbs/41_stable_diffusion.ipynb #9395f093
+# %% ../nbs/41_stable_diffusion.ipynb #c6c217cd
 def _prompts(prompt, view_words): return ['', *(f'{prompt}, {view} view' if view_words else prompt for view in VIEWS)]
 
 def _spell(prompt, embeds):
@@ -394,6 +416,7 @@ class StableDiffusionPrior(LatentPrior):
     view_words: bool = True # Whether to say from where we look
     folder: Path | None = None # Where the weights came from
     embeds: dict[str, Tensor] = field(default_factory=dict) # Learned tokens
+    notes: list[str] = field(default_factory=list) # What had to be decided, in sentences
 
     @classmethod
     def load(cls,
@@ -413,24 +436,34 @@ class StableDiffusionPrior(LatentPrior):
         channels = diffusion.unet.config.in_channels
         if channels != 4: raise UserError(f'{source}: this UNet takes {channels} channels, a 2D prior 4',
             'An 8-channel UNet is a Zero-1-to-3: use it as the 3D prior' if channels == 8 else 'Use a text-to-image model')
-        empty = torch.empty(0)
-        return cls(diffusion, empty, empty, '', guidance_scale, weighting, front_azimuth, view_words, folder, embeds or {}).with_prompt(prompt)
+        unread = torch.empty(0)
+        prior = cls(diffusion, unread, unread, prompt, guidance_scale, weighting, front_azimuth, view_words, folder, embeds or {})
+        return prior.with_prompt(prompt)
 
-    @torch.no_grad()
-    def encode_words(self, texts: list[str]) -> Tensor: # (n,L,C)
-        "What the UNet reads; the text encoder is loaded for this and let go"
+    def words(self) -> Words:
+        "The text encoder with the learned tokens, loaded anew"
         words = Words.load(self.folder, self.diffusion.device, self.diffusion.dtype)
         for token, vector in self.embeds.items(): install_token(words, token, vector)
+        return words
+
+    @torch.no_grad()
+    def encode_words(self, texts: list[str], words: Words | None = None) -> Tensor: # (n,L,C)
+        "What the UNet reads; the text encoder is loaded for this, if not given, and let go"
+        words = words or self.words()
         found, wanted = words.encode(texts), self.diffusion.unet.config.cross_attention_dim
-        if found.shape[-1] != wanted: raise UserError(f'{self.folder}: the text encoder is {found.shape[-1]} wide, the UNet reads {wanted}',
-            'Take all parts from one model')
+        if found.shape[-1] != wanted:
+            raise UserError(f'{self.folder}: the text encoder is {found.shape[-1]} wide, the UNet reads {wanted}', 'Take all parts from one model')
         return found
 
     def with_prompt(self, prompt: str, embeds: dict[str, Tensor] | None = None) -> 'StableDiffusionPrior':
         "The same prior with other words (and, if given, other learned tokens)"
         prior = replace(self, embeds=self.embeds if embeds is None else embeds)
         prior.prompt = _spell(prompt, prior.embeds)
-        prior.uncond, prior.views = prior.encode_words(_prompts(prior.prompt, self.view_words)).split([1, 3])
+        words, prior.notes = prior.words(), []
+        if strange := words.unknown(prior.prompt):
+            prior.prompt = ' '.join(word for word in prior.prompt.split() if word not in strange)
+            prior.notes = [f'The 2D prior does not know {", ".join(strange)}: it is told "{prior.prompt}"']
+        prior.uncond, prior.views = prior.encode_words(_prompts(prior.prompt, self.view_words), words).split([1, 3])
         return prior
 
     def conditions(self, camera: Camera) -> tuple[Condition, Condition]: # Without and with words

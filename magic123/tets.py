@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['COUNT', 'TRIANGLES', 'tet_lattice', 'case_triangles', 'crossed_edges', 'zero_crossings', 'marching_tets']
 
-# %% ../nbs/30_tets.ipynb #f43e7af4
+# %% ../nbs/30_tets.ipynb #d194b26e
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# %% ../nbs/30_tets.ipynb #e92915a2
+# %% ../nbs/30_tets.ipynb #a545ff63
 def tet_lattice(
-    resolution: int, # Layers of vertices along the longest side, two to a cell; an odd number is rounded up (official code: a file of 256)
-    lower: tuple[float, float, float] = (-1., -1., -1.), # The box to fill; sides that are no whole number of cells grow evenly
+    resolution: int, # Layers of vertices along the longest side, two to a cell; odd is rounded up (official code: 256)
+    lower: tuple[float, float, float] = (-1., -1., -1.), # The box to fill; sides grow to whole cells
     upper: tuple[float, float, float] = (1., 1., 1.),
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]: # Vertices (V,3) float32, tetrahedra (T,4) int32 of positive volume
@@ -82,12 +81,12 @@ def zero_crossings(
     "The point of each edge where a linear signed distance is zero"
     return torch.lerp(points[:, 0], points[:, 1], (sdf[:, 0]/(sdf[:, 0] - sdf[:, 1]))[:, None])
 
-# %% ../nbs/30_tets.ipynb #5b4f1866
+# %% ../nbs/30_tets.ipynb #9dd8ed79
 def marching_tets(
     vertices: Tensor, # (V,3)
     sdf: Tensor, # (V,), above 0 inside
     tets: Tensor, # (T,4) of positive volume
-) -> tuple[Tensor, Tensor]: # Vertices (C,3), differentiable in `vertices` and `sdf`; faces (F,3), counter-clockwise from outside
+) -> tuple[Tensor, Tensor]: # Vertices (C,3), differentiable; faces (F,3), counter-clockwise from outside
     "The surface `sdf = 0` as a triangle mesh"
     edges, faces = crossed_edges(sdf, tets)
     ends = edges.view(-1)

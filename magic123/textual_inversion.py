@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATES', 'load_learned_embeds', 'save_learned_embeds', 'augment', 'Learned', 'single_token', 'optimise_word',
            'encode_variants', 'invert']
 
-# %% ../nbs/42_textual_inversion.ipynb #bf2da586
+# %% ../nbs/42_textual_inversion.ipynb #892832f4
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from .show import UserError, atomic_write
 from .sds import add_noise, draw_noise, draw_timesteps
-from .stable_diffusion import Condition, LatentDiffusion, StableDiffusionPrior, Words, fit_picture, install_token, scale_gradient
+from magic123.stable_diffusion import (Condition, LatentDiffusion, StableDiffusionPrior, Words, fit_picture, install_token,
+    scale_gradient)
 
-# %% ../nbs/42_textual_inversion.ipynb #bf1472c3
+# %% ../nbs/42_textual_inversion.ipynb #f0aa4e17
 def load_learned_embeds(
     path: str | Path, # learned_embeds.bin, .pt, or .safetensors
 ) -> dict[str, Tensor]: # Token to vector (C,), float32
@@ -30,12 +31,15 @@ def load_learned_embeds(
             from safetensors.torch import load_file
             found = load_file(path)
         else: found = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise UserError(f'{path} is no learned word: it holds more than tensors, or is damaged', 'Get it from where you trust it, as .safetensors') from e
-    if isinstance(found, dict) and 'string_to_param' in found: found = {found.get('name') or path.stem: v for v in found['string_to_param'].values()}
-    flat = {str(token): v.float().squeeze(0) for token, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    except Exception as e:
+        raise UserError(f'{path} is no learned word: it holds more than tensors, or is damaged', 'Get it from where you trust it, as .safetensors') from e
+    if not isinstance(found, dict): found = {}
+    if 'string_to_param' in found: found = {found.get('name') or path.stem: v for v in found['string_to_param'].values()}
+    flat = {str(token): v.float().squeeze(0) for token, v in found.items() if isinstance(v, Tensor)}
     if not flat: raise UserError(f'{path} holds no learned word', 'Give a file that maps a token to its vector')
     for token, v in flat.items():
-        if v.ndim != 1 or not v.isfinite().all(): raise UserError(f'{path}: {token} is not one finite vector but has shape {tuple(v.shape)}', 'Words of several vectors are not supported')
+        if v.ndim != 1 or not v.isfinite().all():
+            raise UserError(f'{path}: {token} is not one finite vector but has shape {tuple(v.shape)}', 'Words of several vectors are not supported')
     return flat
 
 def save_learned_embeds(
@@ -67,7 +71,7 @@ def augment(
     gain, lift = 1 + colour*(2*u[5:8] - 1), colour*(2*u[8] - 1)
     return ((1 - ink)*gain.to(rgb) + lift).where(ink > 0, 1.).clamp(0, 1)
 
-# %% ../nbs/42_textual_inversion.ipynb #b4996936
+# %% ../nbs/42_textual_inversion.ipynb #620b2a3d
 TEMPLATES = ('a photo of a {}', 'a photo of the {}', 'a photo of my {}', 'a photo of one {}', 'a rendering of a {}', 'a picture of a {}',
     'a picture of the {}', 'a close-up photo of a {}', 'a bright photo of the {}', 'a good photo of a {}', 'a photo of a small {}')
 
@@ -82,7 +86,8 @@ def single_token(
 ) -> int: # Its number
     "The token of a word that is one token"
     found = words.tokenizer(word, add_special_tokens=False).input_ids
-    if len(found) != 1: raise UserError(f'{word!r} is {len(found)} tokens for this text encoder, the learned word must start from one', 'Choose a plainer word')
+    if len(found) != 1 or words.unknown(word):
+        raise UserError(f'{word!r} is not a single token of this text encoder, and the learned word must start from one', 'Choose a plainer word')
     return found[0]
 
 def optimise_word(
@@ -111,7 +116,8 @@ def optimise_word(
     losses = []
     try:
         for step in range(steps):
-            z, t = latents[pick(len(latents)).to(latents.device)], draw_timesteps(batch, len(model.alphas_cumprod), (0., 1.), generator).to(latents.device)
+            z = latents[pick(len(latents)).to(latents.device)]
+            t = draw_timesteps(batch, len(model.alphas_cumprod), (0., 1.), generator).to(z.device)
             eps = draw_noise(z, generator)
             context = scale_gradient(words.encoder(ids[pick(len(ids)).to(ids.device)])[0].float(), 1/big)
             guess = model.predict_noise(add_noise(z, eps, model.alphas_cumprod[t]), t, Condition(context))

@@ -52,7 +52,7 @@ def angle_between(
     u, v = a.origin.double(), b.origin.to(a.origin).double()
     return math.degrees(math.atan2(u.cross(v, dim=0).norm(), u.dot(v)))
 
-# %% ../nbs/43_zero123.ipynb #dd29a577
+# %% ../nbs/43_zero123.ipynb #76ae5b7c
 ZERO123_PARTS = {'unet': True, 'vae': True, 'image_encoder': True, 'cc_projection|clip_camera_projection': True, 'scheduler': False}
 
 def load_projection(
@@ -67,7 +67,7 @@ def load_projection(
     part = find_part(folder, 'cc_projection', 'clip_camera_projection')
     file = sorted(part.glob('*.safetensors'))[0]
     try: found = {name.split('.')[-1]: tensor for name, tensor in load_file(file).items()}
-    except Exception as e: raise UserError(f'{file} could not be read: {e}', 'Fetch it again') from e
+    except Exception as e: raise UserError(f'{file} could not be read: {type(e).__name__}', 'Fetch it again') from e
     wanted = dict(weight=(out_features, in_features), bias=(out_features,))
     if {k: tuple(v.shape) for k, v in found.items()} != wanted: raise UserError(
         f'{file} is not a linear layer from {in_features} to {out_features}: {({k: tuple(v.shape) for k, v in found.items()})}',
@@ -90,18 +90,19 @@ def tiny_random(
         CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
             image_size=32, patch_size=8, projection_dim=24)).half().save_pretrained(home/'image_encoder')
     layer = torch.nn.Linear(24 + 4, 32).half()
-    configs = {'cc_projection/config.json': dict(in_features=28, out_features=32),
-        'feature_extractor/preprocessor_config.json': dict(image_processor_type='CLIPImageProcessor', image_mean=CLIP_MEAN, image_std=CLIP_STD,
-            size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)),
-        'model_index.json': {'_class_name': 'Zero123Pipeline', 'unet': ['diffusers', 'UNet2DConditionModel'], 'vae': ['diffusers', 'AutoencoderKL'],
-            'image_encoder': ['transformers', 'CLIPVisionModelWithProjection'], 'scheduler': ['diffusers', 'DDIMScheduler']}}
+    parts = dict(unet=['diffusers', 'UNet2DConditionModel'], vae=['diffusers', 'AutoencoderKL'], scheduler=['diffusers', 'DDIMScheduler'],
+        image_encoder=['transformers', 'CLIPVisionModelWithProjection'], cc_projection=['cc_projection', 'CCProjection'])
+    colours = dict(image_processor_type='CLIPImageProcessor', image_mean=CLIP_MEAN, image_std=CLIP_STD, size=dict(shortest_edge=32),
+        crop_size=dict(height=32, width=32))
+    configs = {'model_index.json': {'_class_name': 'Zero1to3StableDiffusionPipeline', **parts},
+        'feature_extractor/preprocessor_config.json': colours, 'cc_projection/config.json': dict(in_features=28, out_features=32)}
     for name, config in configs.items():
         (home/name).parent.mkdir(parents=True, exist_ok=True)
         (home/name).write_text(json.dumps(config, indent=2))
     save_file(layer.state_dict(), home/'cc_projection'/'diffusion_pytorch_model.safetensors')
     return home
 
-# %% ../nbs/43_zero123.ipynb #74746188
+# %% ../nbs/43_zero123.ipynb #ecb91fe6
 @dataclass
 class Zero123Prior(LatentPrior):
     "The 3D prior of Eq. 6"
@@ -131,12 +132,15 @@ class Zero123Prior(LatentPrior):
         device = torch.device(device or default_device())
         diffusion = LatentDiffusion.load(folder, device, dtype)
         channels = diffusion.unet.config.in_channels
-        if channels != 8: raise UserError(f'{source}: this UNet takes {channels} channels, a 3D prior 8', 'Use a Zero-1-to-3 in diffusers layout')
-        if pose == 'auto': pose = 'stable_zero123' if 'stable' in str(source).lower().split('/')[-1] else 'zero123'
+        if channels != 8:
+            raise UserError(f'{source}: this UNet takes {channels} channels, a 3D prior 8', 'Use a Zero-1-to-3 in diffusers layout')
+        stable = any('stable' in name and 'zero123' in name for name in str(source).lower().split('/'))
+        if pose == 'auto': pose = 'stable_zero123' if stable else 'zero123'
         width = json.loads((find_part(folder, 'image_encoder')/'config.json').read_text()).get('projection_dim', 512)
         projection = load_projection(folder, width + 4, diffusion.unet.config.cross_attention_dim, device, dtype)
-        empty = torch.empty(0)
-        return cls(diffusion, reference.camera, empty, empty, projection, guidance_scale, weighting, angle_scaling, POSES[pose], folder).with_reference(reference)
+        unseen = torch.empty(0)
+        prior = cls(diffusion, reference.camera, unseen, unseen, projection, guidance_scale, weighting, angle_scaling, POSES[pose], folder)
+        return prior.with_reference(reference)
 
     @torch.no_grad()
     def with_reference(self, reference) -> 'Zero123Prior':
@@ -148,7 +152,8 @@ class Zero123Prior(LatentPrior):
         colours = json.loads(wanted.read_text()) if wanted.is_file() else {}
         rgb = fit_picture(reference.rgb.to(model.device), model.image_size)[0].movedim(0, -1)
         pixels = clip_pixels(rgb, encoder.config.image_size, colours.get('image_mean', CLIP_MEAN), colours.get('image_std', CLIP_STD))
-        return replace(self, reference=reference.camera, thought=encoder(pixels.to(model.dtype)).image_embeds, photo=model.posterior(rgb).mode())
+        thought = encoder(pixels.to(model.dtype)).image_embeds
+        return replace(self, reference=reference.camera, thought=thought, photo=model.posterior(rgb).mode())
 
     def conditions(self, camera: Camera) -> tuple[Condition, Condition]: # Without and with photo and pose
         "The photo, and how far `camera` is from where it was taken"

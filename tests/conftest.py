@@ -1,0 +1,27 @@
+"A run in miniature that several tests share: seconds, random priors, every file"
+import json
+import pytest
+
+STAGE = dict(resolution=16, reference_resolution=16, checkpoint_interval=4, preview_interval=8, light=dict(albedo=1., normal_fraction=0.))
+MINIATURE = dict(
+    name='quick', threads=1,
+    coarse=dict(steps=24, lr=dict(table=.05, mlp=.01)) | STAGE,
+    fine=dict(steps=12) | STAGE,
+    nerf=dict(levels=4, log2_entries=10, finest=32, masked_levels=2, occupancy=16, samples=32),
+    dmtet=dict(resolution=12, samples=24),
+    export=dict(texture=64, turntable_views=2, turntable_size=32))
+WITHOUT_PRIORS = {f'{stage}.weight_{d}d': 0. for stage in ('coarse', 'fine') for d in (2, 3)}
+
+@pytest.fixture(scope='session')
+def priors(tmp_path_factory):
+    "Both priors with random weights, as settings"
+    from magic123 import stable_diffusion, zero123
+    home = tmp_path_factory.mktemp('priors')
+    return dict(stable_diffusion=str(stable_diffusion.tiny_random(home)), zero123=str(zero123.tiny_random(home)))
+
+@pytest.fixture(scope='session')
+def recipe_file(priors, tmp_path_factory):
+    "The miniature with both priors, as a file for `--recipe`"
+    path = tmp_path_factory.mktemp('recipe')/'miniature.json'
+    path.write_text(json.dumps(MINIATURE | dict(priors=priors)))
+    return str(path)

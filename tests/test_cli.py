@@ -1,0 +1,200 @@
+"Whatever the user gets wrong, a clear sentence and nothing lost"
+import json, os, resource, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest
+from PIL import Image
+from conftest import MINIATURE, WITHOUT_PRIORS
+from magic123.cli import main
+
+SHORT = MINIATURE | dict(coarse=MINIATURE['coarse'] | dict(steps=3, weight_2d=0, weight_3d=0), fine=MINIATURE['fine'] | dict(steps=2, weight_2d=0, weight_3d=0))
+
+@pytest.fixture(scope='session')
+def short(tmp_path_factory):
+    "A run of five steps without priors"
+    path = tmp_path_factory.mktemp('short')/'short.json'
+    path.write_text(json.dumps(SHORT))
+    return str(path)
+
+@pytest.fixture
+def shell(capsys):
+    "Run the command line here: exit code, and all that was said on one line"
+    def run(*argv):
+        code = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert 'Traceback' not in out + err
+        return code, ' '.join((out + err).split())
+    return run
+
+def disc(size=(48, 48)):
+    "An orange disc, RGBA"
+    y, x = np.mgrid[:size[1], :size[0]]
+    inside = ((x - size[0]/2)/size[0])**2 + ((y - size[1]/2)/size[1])**2 < .1
+    return Image.fromarray(np.dstack([np.full_like(x, v) for v in (230, 120, 30)] + [255*inside]).astype(np.uint8))
+
+def on_white(image): return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+
+# bad files
+
+def truncated(path):
+    on_white(disc((200, 200))).save(path.with_suffix('.png'))
+    data = path.with_suffix('.png').read_bytes()
+    path.write_bytes(data[:len(data)//2])
+
+BAD = {
+    'missing': (lambda p: None, 'There is no file'),
+    'empty': (lambda p: p.write_bytes(b''), 'is empty'),
+    'truncated': (truncated, 'cannot be decoded'),
+    'text': (lambda p: p.write_text('a picture of a bear'), 'is not a picture'),
+    'one_pixel': (lambda p: Image.new('RGB', (1, 1)).save(p, 'PNG'), 'too small'),
+    'transparent': (lambda p: Image.new('RGBA', (64, 64), (255, 0, 0, 0)).save(p, 'PNG'), 'fully transparent')}
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_picture(name, tmp_path, shell, short):
+    make, words = BAD[name]
+    path = tmp_path/f'{name}.img'
+    make(path)
+    code, said = shell('run', path, '--recipe', short, '--out', tmp_path/'out')
+    assert code == 2 and words in said and path.name in said
+    assert not (tmp_path/'out').exists()
+
+# odd files
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    on_white(disc((64, 48))).save(path, 'JPEG', exif=exif)
+
+def animated(path): disc().save(path, 'GIF', save_all=True, append_images=[disc((48, 48)).rotate(90)])
+
+ODD = {
+    'grey': lambda p: on_white(disc()).convert('L').save(p, 'PNG'),
+    'sixteen_bit': lambda p: Image.fromarray(np.asarray(on_white(disc()).convert('L')).astype(np.uint16)*257).save(p, 'PNG'),
+    'cmyk': lambda p: on_white(disc()).convert('CMYK').save(p, 'JPEG'),
+    'animated': animated,
+    'turned': turned,
+    'opaque': lambda p: Image.new('RGBA', (48, 48), (200, 90, 30, 255)).save(p, 'PNG'),
+    'at_the_border': lambda p: disc((96, 96)).crop((40, 0, 96, 96)).save(p, 'PNG')}
+
+def test_odd_pictures_become_meshes_or_say_why(tmp_path, shell, short):
+    (tmp_path/'photos').mkdir()
+    for name, make in ODD.items(): make(tmp_path/'photos'/f'{name}.png')
+    code, said = shell('run', tmp_path/'photos', '--recipe', short, '--out', tmp_path/'out')
+    ended = {p.parent.name for p in (tmp_path/'out').glob('*/mesh.glb')}
+    assert {'grey', 'sixteen_bit', 'cmyk', 'animated', 'turned', 'at_the_border'} <= ended, said
+    assert code == (0 if 'opaque' in ended else 2) and ('opaque' in ended or 'opaque.png failed:' in said)
+
+def test_huge_picture_is_read_in_little_memory(tmp_path):
+    from magic123.preprocess import load_reference
+    on_white(disc()).resize((10_000, 10_000), Image.Resampling.NEAREST).save(tmp_path/'huge.png', compress_level=1)
+    reference = load_reference(tmp_path/'huge.png', mask='grabcut', depth='none')
+    assert max(reference.rgb.shape) <= 2048
+
+# bad recipes
+
+@pytest.mark.parametrize('words, flags', {
+    'coarse.lr.table is nan; it must be a finite number': ['--coarse.lr.table', 'nan'],
+    'coarse.weights.rgb is inf; it must be a finite number': ['--coarse.weights.rgb', 'inf'],
+    'coarse.steps is 0; it must be at least 1': ['--coarse.steps', '0'],
+    'camera.polar is 190.0; it must be at least 1 and at most 179': ['--camera.polar', '190'],
+    'novel.polar is (100.0, 50.0); it must be two numbers a <= b': ['--novel.polar', '100', '50'],
+    '--coarse.steps': ['--coarse.stps', '3'],
+    "invalid literal for int() with base 10: 'many'": ['--coarse.steps', 'many'],
+    "There is no recipe called 'fast'": ['--recipe', 'fast'],
+    "The device 'cuda:77' cannot be used": ['--device', 'cuda:77', '--coarse.weight-2d', '0', '--coarse.weight-3d', '0', '--fine.weight-2d', '0', '--fine.weight-3d', '0'],
+    'No such folder: ./nowhere': ['--priors.zero123', './nowhere', '--coarse.weight-2d', '0', '--fine.weight-2d', '0']}.items())
+def test_bad_recipe(words, flags, tmp_path, shell):
+    code, said = shell('run', 'toybox:mug:900003', '--out', tmp_path/'out', *flags)
+    assert code == 2 and words in said
+    assert not (tmp_path/'out').exists()
+
+def test_unknown_field_in_a_file(tmp_path, shell):
+    (tmp_path/'mine.json').write_text('{"coarse": {"stps": 3}}')
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', tmp_path/'mine.json', '--out', tmp_path/'out')
+    assert code == 2 and 'there is no setting coarse.stps: did you mean coarse.steps?' in said
+
+def test_unknown_toy(tmp_path, shell, short):
+    code, said = shell('run', 'toybox:unicorn:3', '--recipe', short, '--out', tmp_path/'out')
+    assert code == 2 and 'unicorn' in said
+
+# bad folders
+
+def test_existing_folder(tmp_path, shell, short):
+    run = 'run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path/'out'
+    assert shell(*run)[0] == 0
+    before = (tmp_path/'out'/'mesh.glb').read_bytes()
+    code, said = shell(*run)
+    assert code == 2 and 'already exists' in said and f'magic123 resume {tmp_path/"out"}' in said
+    assert (tmp_path/'out'/'mesh.glb').read_bytes() == before
+    assert shell(*run, '--overwrite')[0] == 0
+    assert shell('export', tmp_path/'out', '--format', 'obj', 'ply')[0] == 0 and (tmp_path/'out'/'mesh.obj').is_file()
+    assert shell('render', tmp_path/'out', '--views', 2, '--size', 32)[0] == 0
+    assert shell('resume', tmp_path/'out')[0] == 0
+
+def test_folder_with_other_things(tmp_path, shell, short):
+    (tmp_path/'thesis.tex').write_text('years of work')
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path, '--overwrite')
+    assert code == 2 and 'is not a run' in said and (tmp_path/'thesis.tex').exists()
+
+def test_file_in_the_way(tmp_path, shell, short):
+    (tmp_path/'file').write_text('')
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path/'file'/'out')
+    assert code == 2 and 'a file is where a folder should be' in said
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write anywhere')
+def test_folder_without_permission(tmp_path, shell, short):
+    tmp_path.chmod(0o500)
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path/'out')
+    tmp_path.chmod(0o700)
+    assert code == 2 and 'permission denied' in said
+
+@pytest.mark.parametrize('command', ['resume', 'render', 'export'])
+def test_not_a_run(command, tmp_path, shell):
+    code, said = shell(command, tmp_path)
+    assert code == 2 and 'is not a run' in said
+
+def test_disk_fills_up_and_the_run_continues(tmp_path, recipe_file):
+    "A limit on the size of files stands in for a full disk: the log outgrows it during the fine stage"
+    argv = [sys.executable, '-m', 'magic123.cli', 'run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(tmp_path/'whole')]
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    assert subprocess.run(argv, env=env, capture_output=True).returncode == 0
+    checkpoint = max(p.stat().st_size for p in (tmp_path/'whole'/'coarse').glob('*.safetensors'))
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint - 1, checkpoint - 1))
+    argv[-1] = str(tmp_path/'out')
+    said = subprocess.run(argv, env=env, preexec_fn=limited, capture_output=True, text=True)
+    assert said.returncode == 2 and 'Could not write' in said.stderr and 'Traceback' not in said.stderr, said.stderr
+    assert subprocess.run([*argv[:3], 'resume', str(tmp_path/'out')], env=env, capture_output=True).returncode == 0
+    for stage in ('coarse', 'fine'):
+        a, b = (sorted((tmp_path/name/stage).glob('*.safetensors'))[-1].read_bytes() for name in ('whole', 'out'))
+        assert a == b
+
+# an empty volume, and our own mistakes
+
+def test_empty_volume_is_an_error_with_a_way_out(tmp_path, shell, short):
+    flags = '--nerf.blob-density', -60, '--coarse.lr.table', 0, '--coarse.lr.mlp', 0
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path/'out', *flags)
+    assert code == 2 and 'The coarse stage left no object behind' in said and 'coarse.weights.mask' in said
+    assert list((tmp_path/'out'/'coarse').glob('*.safetensors'))
+
+def test_unexpected_errors_are_named_and_debug_shows_them(tmp_path, shell, short, monkeypatch):
+    import magic123.image_to_mesh
+    def broken(*args, **kwargs): raise RuntimeError('mat1 and mat2 shapes cannot be multiplied\nand more')
+    monkeypatch.setattr(magic123.image_to_mesh, 'reconstruct', broken)
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path/'out')
+    assert code == 1 and 'unexpected error: RuntimeError: mat1 and mat2 shapes cannot be multiplied' in said and '--debug' in said
+    with pytest.raises(RuntimeError): main(['run', 'toybox:mug:900003', '--recipe', short, '--debug'])
+
+# help
+
+def test_help(shell):
+    assert shell('--help')[0] == 0 and all(c in shell('--help')[1] for c in ('run', 'resume', 'render', 'export', 'doctor'))
+    code, said = shell('run', '--help', '--recipe', 'official')
+    assert code == 0 and '--coarse.weights.normal-tv' in said and '5000' in said
+
+def test_doctor(shell):
+    code, said = shell('doctor')
+    assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'tiny 2D prior', 'full 3D prior', 'hf download'))
+
+def test_python_m():
+    done = subprocess.run([sys.executable, '-m', 'magic123.cli', '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'doctor' in done.stdout
