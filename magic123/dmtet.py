@@ -19,7 +19,7 @@ from .losses import laplacian_loss, mesh_normal_consistency, sdf_sign_loss
 from .tets import crossed_edges, marching_tets, tet_lattice, zero_crossings
 from .raster import antialias, interpolate, rasterize, vertex_normals
 
-# %% ../nbs/32_dmtet.ipynb #ab8ecd25
+# %% ../nbs/32_dmtet.ipynb #551a0736
 class DMTet(nn.Module):
     "A surface on a tetrahedral lattice, with a colour field"
     def __init__(self,
@@ -41,7 +41,9 @@ class DMTet(nn.Module):
         vertices, tets = tet_lattice(int(self.resolution), *box, device=device)
         border = (vertices == vertices.amin(0)) | (vertices == vertices.amax(0))
         self.reach = max(hi - lo for lo, hi in zip(*box))/int(self.resolution)/2 # half a layer
-        for name, o in dict(vertices=vertices, tets=tets, border=border.any(1)).items(): self.register_buffer(name, o, persistent=False)
+        self.register_buffer('vertices', vertices, persistent=False)
+        self.register_buffer('tets', tets, persistent=False)
+        self.register_buffer('border', border.any(1), persistent=False)
         self.sdf = nn.Parameter(torch.full_like(vertices[:, 0], -1.))
         self.deform = nn.Parameter(torch.zeros_like(vertices))
 
@@ -76,7 +78,8 @@ class DMTet(nn.Module):
         camera = camera.to(self.sdf.device)
         vertices, faces, edges = self._surface()
         seen = rasterize(camera, vertices, faces)
-        normal = F.normalize(interpolate(seen, vertex_normals(vertices, faces)), dim=1) if normals or shading.needs_normals else None
+        needed = normals or shading.needs_normals
+        normal = F.normalize(interpolate(seen, vertex_normals(vertices, faces)), dim=1) if needed else None
         albedo = self._albedo(camera, seen) if shading.mode in ('albedo', 'lambertian') else None
         rgb = shade(albedo, normal, shading.mode, shading.towards(camera), shading.ambient)
         layers = [rgb, torch.ones_like(rgb[:, :1]), seen.depth[:, None]] + [normal]*normals
@@ -104,7 +107,7 @@ class DMTet(nn.Module):
     def prepare(self, step: int, steps: int, generator: torch.Generator | None = None) -> None:
         "Nothing to do before a step"
 
-# %% ../nbs/32_dmtet.ipynb #b5f63730
+# %% ../nbs/32_dmtet.ipynb #48696bc0
 def surface_threshold(
     density: Tensor, # (N,), at points spread evenly over the box
     highest: float = 10., # Never above this (official code)
@@ -117,7 +120,7 @@ def surface_threshold(
     threshold = max(faintest, min(highest, float(density.mean()), float(filled)))
     if float(density.max()) > threshold: return threshold
     raise UserError(f'The coarse stage left no object behind: its highest density is {float(density.max()):.2g}',
-        'Check that the mask covers the object, train longer (coarse.steps), or raise the weight of the mask (coarse.weights.mask)')
+        'Check that the mask covers the object, train longer (coarse.steps), or raise the mask\'s weight (coarse.weights.mask)')
 
 # %% ../nbs/32_dmtet.ipynb #d895e9df
 def solid_zones(
@@ -167,7 +170,7 @@ def density_at(
     "Density in bounded memory"
     return torch.cat([field.density(p) for p in points.split(chunk)])
 
-# %% ../nbs/32_dmtet.ipynb #39b4f16d
+# %% ../nbs/32_dmtet.ipynb #89ef5f5a
 @patch(cls_method=True)
 def from_nerf(cls: DMTet,
     nerf: nn.Module, # The coarse scene; the new one takes over its `field`
@@ -183,14 +186,17 @@ def from_nerf(cls: DMTet,
     density = density_at(nerf.field, points)
     threshold = surface_threshold(density, density_threshold)
     dense = density > threshold
-    inside, outside = (torch.from_numpy(o).to(device).view(-1) for o in solid_zones(dense.view([samples]*3).cpu().numpy()))
+    zones = solid_zones(dense.view([samples]*3).cpu().numpy())
+    inside, outside = (torch.from_numpy(o).to(device).view(-1) for o in zones)
     object = points[dense & ~outside]
     lower, upper = (object.amin(0) - margin).clamp(min=-1), (object.amax(0) + margin).clamp(max=1)
     scene = cls(nerf.field, resolution, tuple(lower.tolist()), tuple(upper.tolist())).to(device)
     x = scene.vertices.clamp(-1, 1)
     level = density_at(nerf.field, x).clamp(min=1e-20).log() - math.log(threshold)
-    cell = ((x + 1)/2*samples).long().clamp(max=samples-1) @ torch.tensor([samples**2, samples, 1], device=device)
-    level = torch.where(inside[cell], level.abs() + .1, torch.where(outside[cell] | scene.border, -level.abs() - .1, level))
-    if not (level > 0).any(): raise UserError('The coarse stage left specks only', 'Train it longer (coarse.steps), or raise dmtet.lattice')
+    cell = (((x + 1)/2*samples).long().clamp(max=samples-1)*torch.tensor([samples**2, samples, 1], device=device)).sum(-1)
+    level = torch.where(inside[cell], level.abs() + .1, level)
+    level = torch.where(outside[cell] | scene.border, -level.abs() - .1, level)
+    if not (level > 0).any():
+        raise UserError('The coarse stage left specks only', 'Train it longer (coarse.steps), or raise dmtet.lattice')
     scene.sdf.data = signed_distance(scene.vertices, level, scene.tets)
     return scene

@@ -37,7 +37,9 @@ def blob(
     "A Gaussian at the origin"
     return density*torch.exp(-x.square().sum(-1)/(2*radius**2))
 
-# %% ../nbs/21_field.ipynb #4fa60810
+# %% ../nbs/21_field.ipynb #9894f98d
+def _recall(field, _): field.active_levels = int(field._active)
+
 class Field(nn.Module):
     "Density and albedo, learned"
     def __init__(self,
@@ -63,7 +65,7 @@ class Field(nn.Module):
         self.mlp = nn.Sequential(*steps[:-1])
         self.blob_density, self.blob_radius, self.normal_eps = blob_density, blob_radius, normal_eps
         self.register_buffer('_active', torch.tensor(levels))
-        self.register_load_state_dict_post_hook(lambda self, _: setattr(self, 'active_levels', int(self._active)))
+        self.register_load_state_dict_post_hook(_recall)
         self.active_levels = levels
 
     @property

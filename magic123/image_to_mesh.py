@@ -260,7 +260,7 @@ def finished(
     if not (job.folder/'metrics.json').is_file(): raise UserError(f'The run in {job.folder} has not ended', f'Continue it with `magic123 resume {job.folder}`')
     return Result(job.folder, job.folder/f'mesh.{job.recipe.export.formats[0]}', json.loads((job.folder/'metrics.json').read_text()))
 
-# %% ../nbs/53_image_to_mesh.ipynb #fcc813b8
+# %% ../nbs/53_image_to_mesh.ipynb #a7fdab61
 PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'
 
 def pictures_in(
@@ -319,8 +319,10 @@ def begin_run(
     job = Job(out, recipe, str(image) if isinstance(image, (str, Path)) else 'a picture in memory', reference.notes)
     job.device, wanted_priors(recipe)
     if out.exists(): shutil.rmtree(out)
-    keep_reference(out, reference)
-    job.save()
+    try: keep_reference(out, reference), job.save()
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return job
 
 def reconstruct(

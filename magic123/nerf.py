@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OccupancyGrid', 'Samples', 'march', 'transmittance', 'along_rays', 'depth_normals', 'NeRF']
 
-# %% ../nbs/22_nerf.ipynb #b1d2714e
+# %% ../nbs/22_nerf.ipynb #d7935a03
 import functools, math
 from dataclasses import dataclass
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .cameras import Camera
 from .field import Field
-from .hashgrid import _numba, jit, numba_threads, pick_backend
+from .hashgrid import jit, load_numba, numba_threads, pick_backend
 from .losses import entropy_loss, orientation_loss
 from .shading import Shading, View, composite, shade
 from .show import UserError
@@ -98,11 +98,11 @@ def _march_torch(origins, directions, occupied, step, shift, near):
     ray, t = map(torch.cat, zip(*found))
     return Samples.pack(ray, t, len(origins))
 
-# %% ../nbs/22_nerf.ipynb #be694007
+# %% ../nbs/22_nerf.ipynb #8bbc996e
 @functools.cache
 def _numba_march():
     import numpy as np
-    prange = _numba().prange
+    prange = load_numba().prange
     one, tiny = np.float32(1), np.float32(1e-9)
 
     @jit(parallel=True, error_model='numpy')
@@ -198,7 +198,7 @@ def depth_normals(
     normal = _slope(points, depth, 0).cross(_slope(points, depth, 1), dim=-1)
     return F.normalize(torch.where(seen, normal, 0.), dim=-1, eps=1e-10)
 
-# %% ../nbs/22_nerf.ipynb #144d2f83
+# %% ../nbs/22_nerf.ipynb #4f30bcbb
 class NeRF(nn.Module):
     "The coarse scene: a field, seen by volume rendering"
     def __init__(self,
@@ -237,7 +237,7 @@ class NeRF(nn.Module):
     @torch.no_grad()
     def _visible(self, samples, points):
         density, rank = points.new_zeros(len(points)), torch.arange(len(points), device=points.device) - samples.start[samples.ray]
-        lo, hi, todo = 0, max(8, self.samples//16), rank
+        lo, hi, todo, T = 0, max(8, self.samples//16), rank, density
         while len(todo):
             T, _ = transmittance(density, samples, self.step)
             todo = ((rank >= lo) & (rank < hi) & (T > self.stop)).nonzero()[:, 0]

@@ -132,76 +132,76 @@ class PromptSettings(Settings):
     learned_embeds: str | None = setting(None, 'paper 2.2: textual inversion', 'File with a learned token for this photo')
     view_words: bool = setting(False, 'paper 2.2: one prompt for all views', "Add 'front view', 'side view', 'back view' to the prompt")
 
-# %% ../nbs/50_recipe.ipynb #01d9fcff
+# %% ../nbs/50_recipe.ipynb #731957fa
 class PriorSettings(Settings):
     "Which diffusion models, and how hard they are asked"
     stable_diffusion: str = setting('stable-diffusion-v1-5/stable-diffusion-v1-5', 'paper 3.2: version 1.5',
         "2D prior: 'tiny' (embedded), a folder, or a hub id")
     zero123: str = setting('kxic/zero123-105000', 'paper 3.2: the 105,000 iterations version',
         "3D prior: 'tiny' (embedded), a folder, a .ckpt, or a hub id")
-    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: float16 on a GPU (as official code 3.1), float32 else', 'Precision of the priors')
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: float16 on a GPU (as official code (main.py)), float32 else', 'Precision of the priors')
     guidance_2d: float = setting(100., 'paper 3.2', 'Classifier-free guidance of the 2D prior', ge=0, le=1000)
     guidance_3d: float = setting(5., 'paper 3.2', 'Classifier-free guidance of the 3D prior', ge=0, le=1000)
-    weighting: Literal['sds', 'uniform', 'fantasia3d', 'threestudio_unified'] = setting('sds', 'official code 3.4; the paper says w(t)', 'w(t) of Eqs. 5 and 6')
+    weighting: Literal['sds', 'uniform', 'fantasia3d', 'threestudio_unified'] = setting('sds', 'official code (nerf/utils.py, guidance/*.py); the paper says w(t)', 'w(t) of Eqs. 5 and 6')
     angle_scaling: bool = setting(False, 'paper: not mentioned', 'Scale the 3D prior by its angle to the photo, 0 at the front and 1 at the back')
 
 class NovelSettings(Settings):
     "Where novel views are taken from"
-    radius: span(1, 10) = setting((1.8, 1.8), 'official code 3.2', 'Range of distances')
-    polar: span(1, 179) = setting((45., 135.), 'official code 3.2', 'Range of degrees from straight above')
-    azimuth: span(-360, 360) = setting((-180., 180.), 'official code 3.2', 'Range of degrees around')
-    fovy: span(5, 120) = setting((40., 40.), 'official code 3.2', 'Range of fields of view in degrees')
-    uniform_sphere_rate: float = setting(.5, 'official code 3.2', 'How often to ignore the ranges and look from anywhere above', ge=0, le=1)
+    radius: span(1, 10) = setting((1.8, 1.8), 'official code (nerf/provider.py)', 'Range of distances')
+    polar: span(1, 179) = setting((45., 135.), 'official code (nerf/provider.py)', 'Range of degrees from straight above')
+    azimuth: span(-360, 360) = setting((-180., 180.), 'official code (nerf/provider.py)', 'Range of degrees around')
+    fovy: span(5, 120) = setting((40., 40.), 'official code (nerf/provider.py)', 'Range of fields of view in degrees')
+    uniform_sphere_rate: float = setting(.5, 'official code (nerf/provider.py)', 'How often to ignore the ranges and look from anywhere above', ge=0, le=1)
 
-# %% ../nbs/50_recipe.ipynb #68a41461
+# %% ../nbs/50_recipe.ipynb #ec9b524e
 class NeRFSettings(Settings):
     "The coarse scene"
-    levels: int = setting(16, 'official code 3.3', 'Levels of the hash grid', ge=1, le=32)
-    features: int = setting(2, 'official code 3.3', 'Features per entry', ge=1, le=8)
-    log2_entries: int = setting(19, 'official code 3.3', 'Entries per level, as a power of two', ge=4, le=24)
-    base: int = setting(16, 'official code 3.3', 'Cells along an edge at the coarsest level', ge=2, le=512)
-    finest: int = setting(2048, 'official code 3.3', 'Cells along an edge at the finest level', ge=2, le=16384)
-    interpolation: Literal['linear', 'smoothstep'] = setting('smoothstep', 'official code 3.3', 'Between the corners of a cell')
+    levels: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Levels of the hash grid', ge=1, le=32)
+    features: int = setting(2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Features per entry', ge=1, le=8)
+    log2_entries: int = setting(19, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Entries per level, as a power of two', ge=4, le=24)
+    base: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Cells along an edge at the coarsest level', ge=2, le=512)
+    finest: int = setting(2048, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Cells along an edge at the finest level', ge=2, le=16384)
+    interpolation: Literal['linear', 'smoothstep'] = setting('smoothstep', 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Between the corners of a cell')
     hidden: int = setting(64, 'paper 3.2', 'Width of the MLP', ge=4, le=1024)
     layers: int = setting(3, 'paper 3.2', 'Layers of the MLP', ge=1, le=16)
-    blob_density: float = setting(10., 'official code 3.3', 'Height of the blob that the density starts from', ge=-100, le=100)
-    blob_radius: float = setting(.2, 'official code 3.3', 'Its radius', gt=0, le=2)
-    masked_levels: int = setting(8, 'official code 3.3', 'Finest levels that are kept silent at first', ge=0, le=31)
-    masked_fraction: float = setting(.6, 'official code 3.3: 3000 of 5000 steps', 'Share of the steps that they are silent', ge=0, le=1)
-    samples: int = setting(1024, 'official code 3.3', 'Samples that a ray could have at most', ge=8, le=8192)
-    occupancy: int = setting(128, 'official code 3.3', 'Cells along an edge of the occupancy grid', ge=8, le=512)
-    occupancy_interval: int = setting(16, 'official code 3.3', 'Steps between its updates', ge=1, le=10000)
+    blob_density: float = setting(10., 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Height of the blob that the density starts from', ge=-100, le=100)
+    blob_radius: float = setting(.2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Its radius', gt=0, le=2)
+    masked_levels: int = setting(8, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Finest levels that are kept silent at first', ge=0, le=31)
+    masked_fraction: float = setting(.6, 'official code (nerf/renderer.py, nerf/network_grid.py): 3000 of 5000 steps', 'Share of the steps that they are silent', ge=0, le=1)
+    samples: int = setting(1024, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Samples that a ray could have at most', ge=8, le=8192)
+    occupancy: int = setting(128, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Cells along an edge of the occupancy grid', ge=8, le=512)
+    occupancy_interval: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Steps between its updates', ge=1, le=10000)
     normals: Literal['density', 'depth'] = setting('depth', 'paper 2.1.1: finite differences of the depth', 'Where normals come from')
-    normal_eps: float = setting(1e-2, 'official code 3.3', 'Step of the finite differences for normals', gt=0, le=.5)
+    normal_eps: float = setting(1e-2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Step of the finite differences for normals', gt=0, le=.5)
 
 class DMTetSettings(Settings):
     "The fine scene"
-    resolution: int = setting(256, 'official code 3.5', 'Cells along an edge of the tetrahedral lattice', ge=4, le=512)
-    density_threshold: float = setting(10., 'official code 3.5', 'Highest density that the surface may start from', gt=0, le=1e4)
-    margin: float = setting(.1, 'official code 3.5', 'Room around the object', ge=0, le=1)
-    samples: int = setting(128, 'official code 3.5: its occupancy grid', 'Points along an edge of the grid that looks for the object', ge=8, le=512)
+    resolution: int = setting(256, 'official code (nerf/renderer.py)', 'Cells along an edge of the tetrahedral lattice', ge=4, le=512)
+    density_threshold: float = setting(10., 'official code (nerf/renderer.py)', 'Highest density that the surface may start from', gt=0, le=1e4)
+    margin: float = setting(.1, 'official code (nerf/renderer.py)', 'Room around the object', ge=0, le=1)
+    samples: int = setting(128, 'official code (nerf/renderer.py): its occupancy grid', 'Points along an edge of the grid that looks for the object', ge=8, le=512)
 
 class ExportSettings(Settings):
     "What is written at the end"
     texture: int = setting(1024, 'ours: as fine as the renderings', 'Pixels along an edge of the texture', ge=64, le=8192)
     formats: tuple[Literal['glb', 'obj', 'ply', 'usdz'], ...] = setting(('glb',), 'ours: one file that opens everywhere', 'Files to write')
-    max_faces: int = setting(50_000, 'official code 2: decimate_target', 'Faces to keep at most', ge=100, le=10_000_000)
-    turntable_views: int = setting(100, 'official code 3.2', 'Frames of the film', ge=2, le=10_000)
-    turntable_size: int = setting(800, 'official code 3.2', 'Height of its frames in pixels', ge=16, le=4096)
+    max_faces: int = setting(50_000, 'official code (nerf/renderer.py): decimate_target', 'Faces to keep at most', ge=100, le=10_000_000)
+    turntable_views: int = setting(100, 'official code (nerf/provider.py)', 'Frames of the film', ge=2, le=10_000)
+    turntable_size: int = setting(800, 'official code (nerf/provider.py)', 'Height of its frames in pixels', ge=16, le=4096)
 
-# %% ../nbs/50_recipe.ipynb #87a96198
+# %% ../nbs/50_recipe.ipynb #a0e29e22
 class Weights(Settings):
     "What each loss counts: Eqs. 1 to 4, and what the official code adds"
     rgb: float = setting(5., 'paper 3.2', 'Colours of the photo (Eq. 1)', ge=0, le=1e6)
     mask: float = setting(.5, 'paper 3.2', 'Outline of the photo (Eq. 1)', ge=0, le=1e6)
     depth: float = setting(.001, 'paper 3.2', 'Order in depth (Eq. 2)', ge=0, le=1e6)
-    normal_smooth: float = setting(.5, 'official code 3.1; the paper gives no number', 'Blurred normals (Eq. 3)', ge=0, le=1e6)
+    normal_smooth: float = setting(.5, 'official code (main.py); the paper gives no number', 'Blurred normals (Eq. 3)', ge=0, le=1e6)
     normal_tv: float = setting(0., 'paper: not mentioned', 'Neighbouring normals', ge=0, le=1e6)
     entropy: float = setting(0., 'paper: Eq. 4 has four terms', 'Opacity is 0 or 1', ge=0, le=1e6)
     orient: float = setting(0., 'paper: Eq. 4 has four terms', 'Normals face the camera', ge=0, le=1e6)
     mesh_normal: float = setting(0., 'paper: Eq. 4 has four terms', 'Neighbouring faces', ge=0, le=1e6)
     laplacian: float = setting(0., 'paper: Eq. 4 has four terms', 'Vertices amid their neighbours', ge=0, le=1e6)
-    sdf_sign: float = setting(0., 'official code 3.5: defined, unused', 'Few changes of sign', ge=0, le=1e6)
+    sdf_sign: float = setting(0., 'official code (nerf/renderer.py): defined, unused', 'Few changes of sign', ge=0, le=1e6)
 
 class Rates(Settings):
     "Adam's learning rates"
@@ -213,10 +213,10 @@ class LightSettings(Settings):
     "How novel views are lit"
     normal_fraction: float = setting(.6, 'paper 3.2: the first 3,000 iterations', 'Share of the steps, from the start, that show normals', ge=0, le=1)
     textureless: float = setting(.25, 'paper 3.2', 'After that: how often the paint is taken off', ge=0, le=1)
-    albedo: float = setting(0., 'official code 3.1', 'After that: how often there is no light but the paint', ge=0, le=1)
-    ambient: span(0, 1) = setting((.1, 1.), 'official code 3.3', 'Range of the share of light that comes from everywhere')
+    albedo: float = setting(0., 'official code (main.py)', 'After that: how often there is no light but the paint', ge=0, le=1)
+    ambient: span(0, 1) = setting((.1, 1.), 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Range of the share of light that comes from everywhere')
 
-# %% ../nbs/50_recipe.ipynb #22a35078
+# %% ../nbs/50_recipe.ipynb #e797fdc3
 class Stage(Settings):
     "One run of the loop"
     steps: int = setting(5000, 'paper 3.2', 'Steps of the optimiser', ge=1, le=1_000_000)
@@ -226,18 +226,18 @@ class Stage(Settings):
     reference_interval: int = setting(1, 'paper Eq. 4', 'Look at the photo every so many steps', ge=1, le=1_000_000)
     novel_with_reference: bool = setting(True, 'paper Eq. 4', 'Look at a novel view in the same step')
     lr: Rates = Rates()
-    lr_final: float = setting(1., 'official code 3.1: constant', 'Share of the rates left at the last step; falls exponentially', gt=0, le=1)
-    beta1: float = setting(.9, 'official code 3.1', "Adam's memory of gradients", ge=0, lt=1)
-    beta2: float = setting(.99, 'official code 3.1', "Adam's memory of their squares", ge=0, lt=1)
-    eps: float = setting(1e-15, 'official code 3.1', "Adam's epsilon", gt=0, le=1)
+    lr_final: float = setting(1., 'official code (main.py): constant', 'Share of the rates left at the last step; falls exponentially', gt=0, le=1)
+    beta1: float = setting(.9, 'official code (main.py)', "Adam's memory of gradients", ge=0, lt=1)
+    beta2: float = setting(.99, 'official code (main.py)', "Adam's memory of their squares", ge=0, lt=1)
+    eps: float = setting(1e-15, 'official code (main.py)', "Adam's epsilon", gt=0, le=1)
     weights: Weights = Weights()
     entropy_ramp: float = setting(0., 'paper: no entropy', 'Share of the steps over which the entropy weight rises from 0', ge=0, le=1)
     weight_2d: float = setting(1., 'paper 3.2', 'Weight of the 2D prior (Eq. 7); the mean over latents, see 40_sds', ge=0, le=1e6)
     weight_3d: float = setting(40., 'paper 3.2', 'Weight of the 3D prior (Eq. 7)', ge=0, le=1e6)
     loss_scale_initial: float | None = setting(None, 'paper: not mentioned', "The gradient scaler's factor that the priors' weights were divided by", gt=0, le=1e12)
-    loss_scale_growth_interval: int = setting(2000, 'official code 0.1', 'Steps until it doubles', ge=1, le=1_000_000)
-    t_range: span(0, 1) = setting((.2, .6), 'official code 3.1', 'Noise levels to ask the priors about')
-    t_final: float | None = setting(None, 'official code 3.1: constant', 'Upper noise level at the last step; falls linearly', ge=0, le=1)
+    loss_scale_growth_interval: int = setting(2000, 'official code (nerf/utils.py, guidance/*.py)', 'Steps until it doubles', ge=1, le=1_000_000)
+    t_range: span(0, 1) = setting((.2, .6), 'official code (main.py)', 'Noise levels to ask the priors about')
+    t_final: float | None = setting(None, 'official code (main.py): constant', 'Upper noise level at the last step; falls linearly', ge=0, le=1)
     light: LightSettings = LightSettings()
     background: Literal['white', 'random'] = setting('white', 'paper 2.1.1', 'Behind novel views')
     reference_noise: float = setting(0., 'paper: not mentioned', "Jitter of the photo's rays", ge=0, le=.5)
@@ -245,7 +245,7 @@ class Stage(Settings):
     remove_edge: bool = setting(False, 'paper: not mentioned', "Leave the outline's pixels out of the colour loss")
     stop_gradient: bool = setting(True, 'paper Eq. 3', 'Hold the blurred normals fixed')
     ema_decay: float | None = setting(None, 'paper: not mentioned', 'Average the parameters over time and end with the average', ge=0, lt=1)
-    ema_interval: int = setting(100, 'official code 3.1: once per epoch', 'Steps between two contributions to the average', ge=1, le=1_000_000)
+    ema_interval: int = setting(100, 'official code (main.py): once per epoch', 'Steps between two contributions to the average', ge=1, le=1_000_000)
     checkpoint_interval: int = setting(50, 'ours: a minute of work at most', 'Steps between checkpoints', ge=1, le=1_000_000)
     preview_interval: int = setting(50, 'ours', 'Steps between pictures of the state', ge=1, le=1_000_000)
     patience: int = setting(5, 'ours', 'Steps with a loss that is not finite before going back to the last checkpoint', ge=1, le=1000)
@@ -278,7 +278,7 @@ class Stage(Settings):
         scale = self.loss_scale_initial*2**(step//self.loss_scale_growth_interval)
         return {'2d': official_weight(self.weight_2d, 4*64*64, scale), '3d': official_weight(self.weight_3d, 4*32*32, scale)}
 
-# %% ../nbs/50_recipe.ipynb #32d98f64
+# %% ../nbs/50_recipe.ipynb #5afd566a
 class Change(NamedTuple):
     "One setting that differs, and why"
     path: str
@@ -305,7 +305,7 @@ def _nested(changes):
 class Recipe(Settings):
     "Every hyper-parameter of a run"
     name: str = setting('paper', 'ours', 'The preset that it began as')
-    seed: int = setting(101, 'official code 3.1', 'Where chance begins', ge=0, lt=2**63)
+    seed: int = setting(101, 'official code (main.py)', 'Where chance begins', ge=0, lt=2**63)
     device: str = setting('auto', 'ours', "'auto', 'cpu', 'cuda' or 'cuda:1'")
     threads: int | None = setting(None, 'ours: as torch decides', 'CPU threads', ge=1, le=1024)
     camera: CameraSettings = CameraSettings()
@@ -319,80 +319,85 @@ class Recipe(Settings):
     fine: Stage = Stage(**_nested(PAPER_FINE))
     export: ExportSettings = ExportSettings()
 
-# %% ../nbs/50_recipe.ipynb #a57c52c1
+# %% ../nbs/50_recipe.ipynb #7f112964
 _two = lambda path, value, source: [Change(f'{stage}.{path}', value, source) for stage in ('coarse', 'fine')]
 
 OFFICIAL = [
-    *_two('lr.table', 1e-2, 'official code 3.1, row 1'),
-    Change('coarse.weights.depth', .01, 'official code 3.1, row 2'),
-    Change('fine.weights.depth', 0., 'official code 3.1, row 2'),
-    Change('coarse.light.normal_fraction', .2, 'official code 3.1, row 3'),
-    *_two('light.textureless', .2, 'official code 3.4, row 4'),
-    *_two('background', 'random', 'official code 0.3, row 5'),
-    Change('nerf.normals', 'density', 'official code 3.3, row 6'),
-    *_two('stop_gradient', False, 'official code 3.4, row 7'),
-    Change('coarse.weights.normal_tv', .5, 'official code 3.1, row 7'),
-    Change('fine.weights.normal_smooth', 0., 'official code 3.1, row 7'),
-    Change('fine.weights.mesh_normal', .1, 'official code 3.5, row 8'),
-    Change('fine.weights.laplacian', .1, 'official code 3.5, row 8'),
-    Change('fine.remove_edge', True, 'official code 3.4, row 8'),
-    Change('fine.t_range', (.02, .5), 'official code 3.1, row 8'),
-    Change('coarse.weights.entropy', 1e-3, 'official code 3.1, row 9'),
-    Change('coarse.entropy_ramp', .5, 'official code 3.1, row 9'),
-    Change('coarse.weights.orient', 1e-2, 'official code 3.1, row 9'),
-    Change('priors.angle_scaling', True, 'official code 0.2, row 10'),
-    *_two('loss_scale_initial', 65536., 'official code 0.1, row 10'),
-    Change('prompt.view_words', True, 'official code 3.4, row 11'),
-    Change('priors.guidance_2d', 101., 'official code 3.4, row 12'),
-    Change('coarse.reference_resolution', 192, 'official code 3.1, row 16'),
-    Change('coarse.ema_decay', .95, 'official code 3.1, row 17'),
-    Change('coarse.reference_noise', 1e-3, 'official code 3.2, row 17'),
-    *_two('reference_warmup_steps', 100, 'official code 3.1, beside Eq. 4'),
-    *_two('reference_interval', 4, 'official code 3.1, beside Eq. 4'),
-    *_two('novel_with_reference', False, 'official code 3.1, beside Eq. 4'),
-    Change('photo.shape', 'squash', 'official code 0.4'),
+    *_two('lr.table', 1e-2, 'official code (main.py), row 1'),
+    Change('coarse.weights.depth', .01, 'official code (main.py), row 2'),
+    Change('fine.weights.depth', 0., 'official code (main.py), row 2'),
+    Change('coarse.light.normal_fraction', .2, 'official code (main.py), row 3'),
+    *_two('light.textureless', .2, 'official code (nerf/utils.py, guidance/*.py), row 4'),
+    *_two('background', 'random', 'official code (nerf/utils.py), row 5'),
+    Change('nerf.normals', 'density', 'official code (nerf/renderer.py, nerf/network_grid.py), row 6'),
+    *_two('stop_gradient', False, 'official code (nerf/utils.py, guidance/*.py), row 7'),
+    Change('coarse.weights.normal_tv', .5, 'official code (main.py), row 7'),
+    Change('fine.weights.normal_smooth', 0., 'official code (main.py), row 7'),
+    Change('fine.weights.mesh_normal', .1, 'official code (nerf/renderer.py), row 8'),
+    Change('fine.weights.laplacian', .1, 'official code (nerf/renderer.py), row 8'),
+    Change('fine.remove_edge', True, 'official code (nerf/utils.py, guidance/*.py), row 8'),
+    Change('fine.t_range', (.02, .5), 'official code (main.py), row 8'),
+    Change('coarse.weights.entropy', 1e-3, 'official code (main.py), row 9'),
+    Change('coarse.entropy_ramp', .5, 'official code (main.py), row 9'),
+    Change('coarse.weights.orient', 1e-2, 'official code (main.py), row 9'),
+    Change('priors.angle_scaling', True, 'official code (guidance/zero123_utils.py), row 10'),
+    *_two('loss_scale_initial', 65536., 'official code (nerf/utils.py, guidance/*.py), row 10'),
+    Change('prompt.view_words', True, 'official code (nerf/utils.py, guidance/*.py), row 11'),
+    Change('priors.guidance_2d', 101., 'official code (nerf/utils.py, guidance/*.py), row 12'),
+    Change('coarse.reference_resolution', 192, 'official code (main.py), row 16'),
+    Change('coarse.ema_decay', .95, 'official code (main.py), row 17'),
+    Change('coarse.reference_noise', 1e-3, 'official code (nerf/provider.py), row 17'),
+    *_two('reference_warmup_steps', 100, 'official code (main.py), beside Eq. 4'),
+    *_two('reference_interval', 4, 'official code (main.py), beside Eq. 4'),
+    *_two('novel_with_reference', False, 'official code (main.py), beside Eq. 4'),
+    Change('photo.shape', 'squash', 'official code (nerf/utils.py)'),
 ]
 
-# %% ../nbs/50_recipe.ipynb #c6584853
+# %% ../nbs/50_recipe.ipynb #a510a271
 QUICK = [
     *[Change(f'priors.{p}', 'tiny', 'ours: embedded') for p in ('stable_diffusion', 'zero123')],
-    Change('priors.guidance_2d', 10., 'measured C.4'),
-    Change('priors.guidance_3d', 3., 'measured C.4'),
-    Change('nerf.log2_entries', 15, 'measured B.2: a small table costs nothing'),
+    Change('priors.guidance_2d', 10., 'a prototype on the toybox'),
+    Change('priors.guidance_3d', 3., 'a prototype on the toybox'),
+    Change('nerf.log2_entries', 15, 'a prototype on the toybox: a small table costs nothing'),
     Change('nerf.finest', 256, 'ours: four cells per pixel of the coarse view'),
+    Change('nerf.blob_radius', .35, 'tuned on the toybox: a wide soft blob reaches the outline in 25 steps instead of 75'),
+    Change('nerf.blob_density', 5., 'tuned on the toybox: see the radius'),
     Change('nerf.masked_levels', 4, 'ours: half of the levels that differ at this size'),
     Change('nerf.masked_fraction', .3, 'ours: few steps'),
-    Change('nerf.samples', 128, 'measured C.4: 64 samples a ray are enough; here for twice the depth'),
+    Change('nerf.samples', 128, 'a prototype on the toybox: 64 samples a ray are enough; here for twice the depth'),
     Change('nerf.occupancy', 64, 'ours: as fine as the coarse view'),
-    Change('dmtet.resolution', 64, 'ours: minutes'),
+    Change('dmtet.resolution', 80, 'ours: minutes'),
     Change('dmtet.samples', 64, 'ours: as fine as the coarse view'),
-    Change('coarse.steps', 300, 'measured C.8: 250 to 500'),
-    Change('coarse.resolution', 64, 'measured C.8: 48 to 64'),
-    Change('coarse.reference_resolution', 96, 'official code 3.1: 1.5 times the novel view'),
-    Change('coarse.weight_2d', .3, 'measured C.8: .2 to .5'),
-    Change('coarse.weight_3d', 1., 'measured C.8'),
-    Change('coarse.t_range', (.02, .98), 'measured C.8'),
-    Change('coarse.t_final', .6, 'measured C.8'),
-    Change('coarse.weights.depth', .05, 'measured C.4'),
+    Change('coarse.steps', 300, 'a prototype on the toybox: 250 to 500'),
+    Change('coarse.resolution', 64, 'a prototype on the toybox: 48 to 64'),
+    Change('coarse.reference_resolution', 96, 'official code (main.py): 1.5 times the novel view'),
+    Change('coarse.weight_2d', .3, 'a prototype on the toybox: .2 to .5'),
+    Change('coarse.weight_3d', 1., 'a prototype on the toybox'),
+    Change('coarse.t_range', (.02, .98), 'a prototype on the toybox'),
+    Change('coarse.t_final', .6, 'a prototype on the toybox'),
+    Change('coarse.weights.depth', .05, 'a prototype on the toybox'),
     Change('coarse.weights.normal_smooth', 0., 'ours: six queries a sample cost more than they give here'),
-    Change('coarse.weights.entropy', 1e-2, 'measured C.4'),
-    Change('coarse.entropy_ramp', .5, 'official code 3.1'),
+    Change('coarse.weights.entropy', 1e-2, 'a prototype on the toybox'),
+    Change('coarse.entropy_ramp', .5, 'official code (main.py)'),
     Change('fine.steps', 150, 'ours: minutes'),
     Change('fine.resolution', 512, 'paper 3.2: 8 times the coarse stage'),
     Change('fine.reference_resolution', 512, 'paper 3.2: 8 times the coarse stage'),
     Change('fine.weight_2d', .03, 'ours: a tenth of the coarse stage, to refine'),
     Change('fine.weight_3d', .1, 'ours: a tenth of the coarse stage, to refine'),
-    Change('fine.t_range', (.02, .5), 'official code 3.1'),
-    Change('fine.weights.depth', 0., 'official code 3.1'),
-    Change('fine.weights.normal_smooth', 0., 'official code 3.1'),
-    Change('fine.weights.mesh_normal', .1, 'official code 3.5'),
-    Change('fine.weights.laplacian', .1, 'official code 3.5'),
-    *_two('lr.table', 1e-2, 'official code 3.1'),
+    Change('fine.t_range', (.02, .5), 'official code (main.py)'),
+    Change('fine.weights.depth', 0., 'official code (main.py)'),
+    Change('fine.weights.normal_smooth', 0., 'official code (main.py)'),
+    Change('fine.weights.mesh_normal', .1, 'official code (nerf/renderer.py)'),
+    Change('fine.weights.laplacian', .1, 'official code (nerf/renderer.py)'),
+    Change('coarse.lr.table', 3e-2, 'tuned on the toybox: few steps'),
+    Change('coarse.lr.mlp', 5e-3, 'tuned on the toybox: few steps'),
+    Change('fine.lr.table', 1e-2, 'official code (main.py)'),
+    Change('fine.lr.geometry', 3e-3, 'ours: signed distances are lengths here, and there are few steps'),
     *_two('hard_mask', False, 'ours: soft outlines are sharper outlines'),
-    *_two('lr_final', .2, 'measured C.4: .05 to .01'),
-    *_two('light.normal_fraction', 0., 'measured C.2: the priors know unlit pictures only'),
-    *_two('light.textureless', 0., 'measured C.2: the priors know unlit pictures only'),
-    *_two('light.albedo', 1., 'measured C.2: the priors know unlit pictures only'),
+    *_two('lr_final', .1, 'tuned on the toybox: settle before the end'),
+    *_two('light.normal_fraction', 0., 'a prototype on the toybox: the priors know unlit pictures only'),
+    *_two('light.textureless', 0., 'a prototype on the toybox: the priors know unlit pictures only'),
+    *_two('light.albedo', 1., 'a prototype on the toybox: the priors know unlit pictures only'),
 ]
 
 PRESETS = dict(quick=QUICK, paper=[], official=OFFICIAL)

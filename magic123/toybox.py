@@ -277,11 +277,11 @@ def shade_nearest(rows, first, count, mask, best, hit, x, y, z, lx, ly, lz, ambi
                 nx, ny, nz = where(mine, sx, nx), where(mine, sy, ny), where(mine, sz, nz)
     return r, g, b, nx, ny, nz
 
-# %% ../nbs/04_toybox.ipynb #91fe8005
+# %% ../nbs/04_toybox.ipynb #f3dd8b19
 COLOURS = dict(red=(.84, .12, .11), orange=(.95, .5, .08), yellow=(.96, .83, .13), green=(.16, .6, .2), teal=(.09, .64, .64), blue=(.12, .3, .82),
     purple=(.52, .2, .66), pink=(.95, .52, .66), brown=(.45, .26, .12), beige=(.85, .72, .52), white=(.92, .91, .88), gray=(.52, .53, .55),
     black=(.09, .09, .1))
-PATTERN_WORDS = dict(stripes='{} stripes', dots='{} dots', checks='{} checks', marks='{} marks') | {'two-tone': '{} top', 'gradient': '{} fade'}
+PATTERN_WORDS = dict(stripes='{} stripes', dots='{} dots', checks='{} checks', marks='{} marks') | {'two-tone': '{} half', 'gradient': '{} fade'}
 
 @dataclass(frozen=True)
 class Paint:
@@ -312,7 +312,7 @@ class Paint:
         "Numbers of this paint for one part; a part too small for a pattern stays plain"
         pattern, f, phase = self.pattern, self.frequency, self.phase
         half = extent[self.axis % 3]
-        if pattern in ('two-tone', 'gradient'): f, phase = .5/half, .5 if pattern == 'gradient' else -.1 - .3*phase + .2
+        if pattern in ('two-tone', 'gradient'): f, phase = .5/half, .5 if pattern == 'gradient' else .1 - .3*phase
         elif max(extent)*f < .6: pattern = 'plain'
         return [PATTERNS.index(pattern), *self.rgb, *(self.rgb2 if self.name2 else self.rgb), self.axis, f, phase, self.fill]
 
@@ -558,7 +558,7 @@ def mug(k):
     if k.chance(.4): k.ball(k.paint(unlike=body), (k(-.05, .05), .5*h, .5*r*(1 + flare)), (k(.1, .17), k(.1, .17), .03))
     return dict(mug=body, handle=handle)
 
-# %% ../nbs/04_toybox.ipynb #446af1cc
+# %% ../nbs/04_toybox.ipynb #bb17e4b8
 CLOTH = 'stripes dots checks'
 
 @family('belly bow scarf')
@@ -680,7 +680,7 @@ def turtle(k):
     k.box(k.paint('black'), (0, .41, .67), (.11, .015, .05))
     k.rod(skin, (.26, .14, .3), (.4, .05, .42), .085, .075, both=True)
     k.rod(skin, (.26, .14, -.3), (.36, .05, -.42), .085, .075, both=True)
-    k.cone(skin, (0, .13, -.38), .2, .05, .008, (-100, 0, 0))
+    k.cone(skin, (0, .17, -.3), .28, .055, .008, (-103, 0, 0))
     return dict(skin=skin, shell=shell)
 
 @family('fins')
@@ -723,7 +723,7 @@ def dragon(k):
     k.rod(body.plain, (0, .2, -.2), (side*.6, .09, -.48), .1, .065)
     k.rod(body.plain, (side*.6, .09, -.48), (side*1.4, .12, -.72), .065, .03)
     k.cone(horns, (side*1.4, .1, -.72), .16, .075, .005, (-50, 20*side/abs(side), 0))
-    for y, z in ((.62, -.06), (.47, -.24), (.3, -.3)): k.cone(horns, (0, y, z), .12, .05, .005, (-60, 0, 0))
+    for y, z in ((.62, -.04), (.47, -.22), (.28, -.21)): k.cone(horns, (0, y, z), .12, .05, .005, (-60, 0, 0))
     return dict(body=body, wings=wings, belly=belly)
 
 @family('mane saddle')
@@ -786,8 +786,9 @@ def robot(k):
     k.box(body.plain, (0, .83, 0), (head, .24, .24), soft=k(.02, .06))
     k.cone(lamp, (.24*head, .87, .1), .05, .048, turn=(90, 0, 0), both=True)
     k.box(dark, (0, .765, .12), (head*.55, .035, .02))
-    k.cone(limbs, (0, .94, 0), k(.08, .14), .013)
-    k.ball(lamp, (0, 1.1, 0), .042)
+    aerial = k(.1, .16)
+    k.cone(limbs, (0, .94, 0), aerial, .014)
+    k.ball(lamp, (0, .95 + aerial, 0), .042)
     k.ball(limbs, (.5*w + .03, .62, 0), .075, both=True)
     a, b = k(-.05, .12), k(-.05, .2)
     k.rod(limbs, (.5*w + .05, .6, 0), (.5*w + .13, .42, a), .045, both=True)
@@ -796,7 +797,7 @@ def robot(k):
     k.box(body.plain, (.25*w, .05, .04), (.16, .1, .26), soft=.03, both=True)
     return dict(body=body, limbs=limbs)
 
-# %% ../nbs/04_toybox.ipynb #d993ce08
+# %% ../nbs/04_toybox.ipynb #2cd04f89
 @family('roof')
 def car(k):
     body, roof, rubber = k.paint(patterns='stripes two-tone dots', plain=.6), k.paint(), k.paint('black')
@@ -823,7 +824,7 @@ def truck(k):
     cargo, cab, rubber = k.paint(patterns='marks stripes checks two-tone dots', plain=.3), k.paint(), k.paint('black')
     w, h, l, r = k(.24, .3), k(.36, .56), k(.5, .75), k(.1, .14)
     glass, lamp = k.paint('teal blue black', unlike=cab), k.paint('yellow white', unlike=cab)
-    k.box(k.paint('gray black'), (0, .19, .05), (1.6*w, .08, l + .45), soft=.02)
+    k.box(k.paint('gray black'), (0, .19, .05), (1.6*w, .13, l + .45), soft=.02)
     k.box(cab, (0, .39, .5*l + .17), (1.9*w, .38, .36), soft=.06)
     k.box(glass, (0, .47, .5*l + .34), (1.5*w, .16, .05), soft=.015)
     k.box(glass, (0, .47, .5*l + .19), (1.9*w + .03, .15, .18), soft=.015)
@@ -851,7 +852,7 @@ def plane(k):
     k.ball(wings, (0, .69, -.51), (.022, .17, .1), (-15, 0, 0))
     k.ball(glass, (0, .5 + .75*r, .14), (.085, .09, .17))
     if k.chance(.6):
-        k.cone(nose, (0, .5, .42 + .4*r), .12, .07, .02, (90, 0, 0))
+        k.cone(nose, (0, .5, .33 + .4*r), .2, .08, .02, (90, 0, 0))
         a, blade = k(0, 180), k.paint('brown gray black')
         k.box(blade, (0, .5, .49 + .4*r), (.5, .055, .02), (0, 0, a))
         k.box(blade, (0, .5, .49 + .4*r), (.055, .5, .02), (0, 0, a))
@@ -881,7 +882,7 @@ def boat(k):
             cut = turn @ turned((0, 0, side*math.degrees(math.atan2(wide, h))))
             k.box(sail.plain, tuple(turn @ middle), (1, math.hypot(h, wide) + .14, .4), cut, carve=True, soft=.004)
         k.rod(deck, (0, .1, 0), (0, .4 + h, 0), .022)
-        k.box(k.paint('red yellow blue'), (.09, .36 + h, 0), (.18, .09, .014))
+        k.box(k.paint('red yellow blue'), (.09, .36 + h, 0), (.18, .09, .03))
         return dict(hull=hull, sail=sail)
     cabin = k.paint('white red blue yellow', unlike=hull)
     k.box(cabin, (0, .36, -.08), (w*1.15, .3, .32))
@@ -889,7 +890,7 @@ def boat(k):
     k.ball(k.paint('black teal'), (.575*w, .4, -.08), (.02, .05, .05), both=True)
     funnel = k.paint('red black yellow orange', 'two-tone')
     k.cone(funnel, (0, .5, -.12), k(.2, .32), .075)
-    k.cone(funnel.plain, (0, .5, .0 - .28), k(.15, .25), .04)
+    k.cone(funnel.plain, (.08, .48, -.2), k(.15, .25), .045)
     k.ring(k.paint('red white orange'), (0, .3, .095), .055, .022, (90, 0, 0))
     return dict(hull=hull, cabin=cabin)
 
@@ -910,7 +911,7 @@ def rocket(k):
     k.cone(k.paint('orange yellow'), (0, -.12, 0), .24, .01, .09)
     return dict(body=body, fins=fins)
 
-# %% ../nbs/04_toybox.ipynb #c617c10d
+# %% ../nbs/04_toybox.ipynb #5929bdf5
 @family('handle lid')
 def teapot(k):
     body, lid = k.paint(patterns='stripes dots checks two-tone gradient'), k.paint()
@@ -935,7 +936,7 @@ def chair(k):
     k.box(seat, (0, h, 0), (w, k(.06, .11), d), soft=.03)
     for z in (1, -1): k.box(wood, (.5*w - .5*t, .5*h, z*(.5*d - .5*t)), (t, h, t), both=True)
     style = k.count(0, 2)
-    if style == 0: k.box(seat, (0, h + .55*back, -.5*d + .03), (w, .9*back, .06), (-4, 0, 0), soft=.03)
+    if style == 0: k.box(seat, (0, h + .5*back, -.5*d + .03), (w, back, .07), (-4, 0, 0), soft=.03)
     else:
         k.box(wood, (.5*w - .5*t, h + .5*back, -.5*d + .5*t), (t, back, t), both=True)
         k.box(wood, (0, h + back, -.5*d + .5*t), (w + .02, .12, t))
@@ -986,7 +987,8 @@ def lamp(k):
     k.ball(k.paint('yellow white'), (0, h - .02, 0), .09)
     k.rod(base, (0, h - .3, 0), (0, h + tall - .02, 0), .024)
     k.ball(base, (0, h + tall - .05, 0), .035)
-    k.rod(base, (.13, h - .06, .1), (.13, h - .25, .1), .009)
+    k.rod(base, (0, h - .05, 0), (.13, h - .06, .1), .012)
+    k.rod(base, (.13, h - .06, .1), (.13, h - .25, .1), .012)
     k.ball(k.paint('red black yellow'), (.13, h - .25, .1), .028)
     return dict(shade=shade, base=base)
 
@@ -1071,7 +1073,7 @@ def microphone(k):
     k.box(k.paint('red white green', unlike=grip), (.6*x, .32 + .62*h, .11), (.055, .11, .04), soft=.015)
     return dict(grip=grip, head=mesh)
 
-# %% ../nbs/04_toybox.ipynb #3061baa6
+# %% ../nbs/04_toybox.ipynb #d6813f74
 @family('roof door')
 def house(k):
     wall, roof = k.paint('white beige yellow red orange pink blue gray', 'stripes checks', plain=.6), k.paint('red brown gray blue green black purple', 'checks stripes', plain=.5)
@@ -1109,7 +1111,7 @@ def castle(k):
     k.cone(gate, (0, .2, w - .025), .05, .09, turn=(90, 0, 0))
     k.box(k.paint('black yellow'), (w, .32, w + .12), (.05, .1, .03), both=True)
     k.rod(k.paint('gray'), (0, .9, -.05), (0, 1.3, -.05), .014)
-    k.box(flag, (.11, 1.24, -.05), (.2, .12, .015))
+    k.box(flag, (.11, 1.24, -.05), (.2, .12, .03))
     return dict(stone=stone, roof=roof)
 
 @family('trunk balls')
@@ -1224,7 +1226,7 @@ def cupcake(k):
     bits = k.paint('red blue yellow green white', unlike=cream)
     for i in range(7):
         a = 2.4*i + .3
-        q, z = (1.06*r, .06) if i % 2 else (.78*r, .18)
+        q, z = (1.03*r, .05) if i % 2 else (.72*r, .17)
         k.rod(bits, (q*math.sin(a), h + z, q*math.cos(a)), (q*math.sin(a) + .03, h + z + .04, q*math.cos(a)), .018)
     k.label((0, .5*h, .86*r), (.22, .16), cup, (-15, 0, 0))
     return dict(cream=cream, cup=cup)
@@ -1256,7 +1258,7 @@ def burger(k):
     bun, meat = k.paint('orange beige brown', 'dots', plain=.3), k.paint('brown black')
     bun = replace(bun, name2='white', rgb2=COLOURS['white'], fill=.2, frequency=k(7, 9))
     green, cheese, r = k.paint('green'), k.paint('yellow orange'), k(.42, .48)
-    k.cone(bun.plain, (0, 0, 0), k(.13, .18), r, soft=.06)
+    k.cone(bun.plain, (0, 0, 0), k(.16, .2), r, soft=.06)
     y = .17
     k.cone(green, (0, y - .03, 0), .05, r + .06, r + .03)
     for _ in range(k.count(1, 2)):
@@ -1269,7 +1271,7 @@ def burger(k):
     for x in (k(-.25, -.1), k(.05, .25)): k.rod(cheese, (x, y + .03, r*.93), (x, y - k(.1, .2), r), .035)
     if k.chance(.5):
         k.rod(k.paint('brown'), (0, y + .2, 0), (0, y + .6, 0), .014)
-        k.box(k.paint('red blue green white', 'stripes'), (.1, y + .53, 0), (.2, .13, .02))
+        k.box(k.paint('red blue green white', 'stripes'), (.1, y + .53, 0), (.2, .13, .03))
     return dict(bun=bun, cheese=cheese)
 
 @family('cherry')
@@ -1285,7 +1287,7 @@ def ice_cream(k):
         k.ring(p.plain, (0, y + .03, 0), r*(.9 - .1*i), .05)
         y += .26
     k.ball(cherry, (.02, y + .05, .05), .065)
-    k.rod(k.paint('brown'), (.03, y + .1, .05), (.08, y + .2, .03), .011)
+    k.rod(k.paint('brown'), (.03, y + .1, .05), (.08, y + .2, .03), .015)
     k.box(waffle.plain, (-.12, y, -.06), (.09, .3, .035), (0, 0, 20))
     return dict(scoop=scoop, cherry=cherry)
 
@@ -1419,7 +1421,7 @@ def _torch_render(packed, which, c2w, focal, height, width, samples, out):
         rays = torch.stack([*colours[:3], hit, t*hit, *colours[3:]], -1)
         out[i] = rays.view(height, samples, width, samples, 8).mean((1, 3))
 
-# %% ../nbs/04_toybox.ipynb #7df14644
+# %% ../nbs/04_toybox.ipynb #cbb66145
 @functools.cache
 def _numba_kernel():
     import numba
@@ -1459,11 +1461,15 @@ def _numba_kernel():
     return jit(render, parallel=True)
 
 def _numba_render(packed, which, c2w, focal, height, width, samples, out):
+    import numba
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     double = [t.double().numpy() for t in (packed.rows.ravel(), packed.light, c2w)]
     out.zero_()
     _numba_kernel()(double[0], packed.first.long().numpy(), double[1], which.numpy(), double[2], focal, samples, STEPS, out.numpy())
+    torch.set_num_threads(threads) # numba's OpenMP layer changes it behind our back
 
-# %% ../nbs/04_toybox.ipynb #7439f21b
+# %% ../nbs/04_toybox.ipynb #7f535593
 def _tl_at(rows, i): return tl.load(rows + i)
 def _tl_anywhere(flags): return tl.max(flags, 0) > 0
 def _tl_where(c, a, b): return tl.where(c, a, b)
@@ -1481,8 +1487,8 @@ def _triton_kernel():
         floor=_tl_floor, cos=_tl_cos, abs=_tl_abs)
     return triton.jit(types.FunctionType(_triton_tile.__code__, here, '_triton_tile'))
 
-def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samples, steps, tiles_x):
-    image, tile = tl.program_id(1), tl.program_id(0)
+def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samples, steps, tiles, tiles_x):
+    image, tile = tl.program_id(0)//tiles, tl.program_id(0) % tiles
     lane = tl.arange(0, 64)
     px, py = (tile % tiles_x)*8 + lane % 8, (tile//tiles_x)*8 + lane//8
     toy = tl.load(which + image).to(tl.int32)
@@ -1507,7 +1513,7 @@ def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samp
             depth, nx, ny, nz = depth + t*hit, nx + sx, ny + sy, nz + sz
     share = 1./(samples*samples)
     inside = (px < width) & (py < height)
-    pixel = out + 8*((image*height + py)*width + px)
+    pixel = out + 8*((image.to(tl.int64)*height + py)*width + px)
     tl.store(pixel, r*share, mask=inside)
     tl.store(pixel + 1, g*share, mask=inside)
     tl.store(pixel + 2, b*share, mask=inside)
@@ -1519,7 +1525,8 @@ def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samp
 
 def _triton_render(packed, which, c2w, focal, height, width, samples, out):
     across, down = -(-width//8), -(-height//8)
-    _triton_kernel()[(across*down, len(which))](packed.rows, packed.first, packed.light, which, c2w, out, focal, height, width, samples, STEPS, across, num_warps=1)
+    _triton_kernel()[(across*down*len(which),)](packed.rows, packed.first, packed.light, which, c2w, out, focal, height, width, samples, STEPS,
+        across*down, across, num_warps=1)
 
 # %% ../nbs/04_toybox.ipynb #6af126e7
 BACKENDS = dict(torch=_torch_render, numba=_numba_render, triton=_triton_render)

@@ -154,8 +154,9 @@ def test_not_a_run(command, tmp_path, shell):
     assert code == 2 and 'is not a run' in said
 
 def test_disk_fills_up_and_the_run_continues(tmp_path, recipe_file):
-    "A limit on the size of files stands in for a full disk: the log outgrows it during the fine stage"
-    argv = [sys.executable, '-m', 'magic123.cli', 'run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(tmp_path/'whole')]
+    "A limit on the size of files stands in for a full disk: checkpoints outgrow it once they hold Adam's memories"
+    disc().save(tmp_path/'disc.png')
+    argv = [sys.executable, '-m', 'magic123.cli', 'run', str(tmp_path/'disc.png'), '--recipe', recipe_file, '--out', str(tmp_path/'whole')]
     env = os.environ | dict(OMP_NUM_THREADS='1')
     assert subprocess.run(argv, env=env, capture_output=True).returncode == 0
     checkpoint = max(p.stat().st_size for p in (tmp_path/'whole'/'coarse').glob('*.safetensors'))
@@ -163,6 +164,7 @@ def test_disk_fills_up_and_the_run_continues(tmp_path, recipe_file):
     argv[-1] = str(tmp_path/'out')
     said = subprocess.run(argv, env=env, preexec_fn=limited, capture_output=True, text=True)
     assert said.returncode == 2 and 'Could not write' in said.stderr and 'Traceback' not in said.stderr, said.stderr
+    assert [p.name for p in (tmp_path/'out'/'coarse').glob('*.json')] == ['step_0000000.json']
     assert subprocess.run([*argv[:3], 'resume', str(tmp_path/'out')], env=env, capture_output=True).returncode == 0
     for stage in ('coarse', 'fine'):
         a, b = (sorted((tmp_path/name/stage).glob('*.safetensors'))[-1].read_bytes() for name in ('whole', 'out'))
@@ -171,7 +173,7 @@ def test_disk_fills_up_and_the_run_continues(tmp_path, recipe_file):
 # an empty volume, and our own mistakes
 
 def test_empty_volume_is_an_error_with_a_way_out(tmp_path, shell, short):
-    flags = '--nerf.blob-density', -60, '--coarse.lr.table', 0, '--coarse.lr.mlp', 0
+    flags = '--nerf.blob-density', -60, '--nerf.blob-radius', 2, '--coarse.lr.table', 0, '--coarse.lr.mlp', 0
     code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path/'out', *flags)
     assert code == 2 and 'The coarse stage left no object behind' in said and 'coarse.weights.mask' in said
     assert list((tmp_path/'out'/'coarse').glob('*.safetensors'))
