@@ -213,7 +213,7 @@ def doctor():
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 1 if any(works is False for _, works, _ in rows) else 0
 
-# %% ../nbs/54_cli.ipynb #35ae6add
+# %% ../nbs/54_cli.ipynb #8faaa7c0
 def _complain(console, text, hint=''):
     console.print(f'[bold red]Error:[/] {escape(text)}', highlight=False, soft_wrap=True)
     if hint: console.print(escape(hint), highlight=False, soft_wrap=True)
@@ -226,6 +226,7 @@ def main(
     debug, console = '--debug' in argv, Console(stderr=True)
     argv = [w for w in argv if w != '--debug']
     if not debug: warnings.simplefilter('ignore')
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000') # torch and numba bring an OpenMP each; before torch is imported: let idle threads sleep
     is_user_error = lambda e: type(e).__name__ == 'UserError'
     disk = lambda e: isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     try:

@@ -37,7 +37,7 @@ def run(
     nbdev_clean.__wrapped__(str(notebook))
     return notebook
 
-# %% ../nbs/90_notebooks.ipynb #81af42f1
+# %% ../nbs/90_notebooks.ipynb #47f2995a
 def readme(
     source: str | Path = 'nbs/index.ipynb', # The page to print
     target: str | Path = 'README.md', # The Markdown to write
@@ -55,7 +55,7 @@ def readme(
     for name, data in found['outputs'].items():
         (root/name).parent.mkdir(parents=True, exist_ok=True)
         (root/name).write_bytes(data)
-    text = re.sub(r'\]\(images/', '](nbs/images/', text)
+    text = re.sub(r'\]\((?!http|#|nbs/|\.\./)', '](nbs/', text).replace('](../', '](')
     text = re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
     Path(target).write_text(text)
     return text

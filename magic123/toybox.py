@@ -558,7 +558,7 @@ def mug(k):
     if k.chance(.4): k.ball(k.paint(unlike=body), (k(-.05, .05), .5*h, .5*r*(1 + flare)), (k(.1, .17), k(.1, .17), .03))
     return dict(mug=body, handle=handle)
 
-# %% ../nbs/04_toybox.ipynb #bb17e4b8
+# %% ../nbs/04_toybox.ipynb #d4d44fd6
 CLOTH = 'stripes dots checks'
 
 @family('belly bow scarf')
@@ -672,7 +672,7 @@ def turtle(k):
     shell, skin = k.paint('green brown orange red purple blue', 'dots checks stripes', plain=.15), k.paint('green yellow beige teal')
     w, h = k(.36, .42), k(.24, .34)
     k.ball(shell, (0, .2, 0), (w, h, w*1.12))
-    k.box(skin.plain, (0, .03, 0), (3*w, .3, 3*w), carve=True)
+    k.box(skin.plain, (0, -.12, 0), (3*w, .6, 3*w), carve=True)
     k.cone(skin.plain, (0, .15, 0), .08, w*.98)
     k.rod(skin, (0, .24, .36), (0, .4, .5), .09)
     k.ball(skin, (0, .46, .54), (.14, .13, .15))
