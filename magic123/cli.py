@@ -158,7 +158,7 @@ def export(folder: tyro.conf.Positional[str], /, format: tuple[Literal['glb', 'o
     from magic123.image_to_mesh import export_mesh
     for path in export_mesh(folder, format, texture, max_faces): Console().print(str(path), highlight=False, soft_wrap=True)
 
-# %% ../nbs/54_cli.ipynb #9c4ecbd8
+# %% ../nbs/54_cli.ipynb #efdf8934
 def probe(
     module: str, # To import
 ) -> tuple[bool, str]: # Does it work; its version, or why not
@@ -194,6 +194,8 @@ def findings() -> list[tuple[str, bool | None, str]]: # What; works, or None if 
     for module, gain in (('numba', 'fast on a CPU'), ('triton', 'fast on a GPU'), ('tinycudann', 'optional'), ('nvdiffrast.torch', 'optional, licence for research'), ('kaolin', 'optional')):
         works, said = probe(module)
         rows.append((module, works or None, f'{said} ({gain})'))
+    from magic123.hashgrid import backend_report
+    rows.append(('backends', True, '; '.join(f'{name}: {said}' for name, said in backend_report().items())))
     for name, part, parts in (('2D prior', 'stable_diffusion', None), ('3D prior', 'zero123', ZERO123_PARTS)):
         try: rows.append((f'tiny {name}', True, str(find_folder(prior_folder('tiny', part), *([parts] if parts else [])))))
         except UserError as e: rows.append((f'tiny {name}', False, f'{e.message}. It comes with the repository: clone it again, or point MAGIC123_DATA to its data folder'))

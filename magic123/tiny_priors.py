@@ -915,7 +915,7 @@ def grid(
     "A table of pictures"
     return torch.cat([torch.cat([p.float().cpu() for p in row], 1) for row in rows])
 
-# %% ../nbs/45_tiny_priors.ipynb #b5b3be92
+# %% ../nbs/45_tiny_priors.ipynb #1dcc4a19
 FILES = {'unet_3d': ('unet_3d',), 'unet_2d': ('unet_2d',), 'others': ('vae', 'text_encoder', 'image_encoder', 'cc_projection', 'depth')}
 
 def save_checkpoint(
@@ -934,11 +934,14 @@ def save_checkpoint(
     with atomic_write(folder/'state.json') as path: Path(path).write_text(json.dumps(state))
 
 def load_checkpoint(
-    folder: Path,
+    folder: Path, # Written by `train`, or by `save_priors`
 ) -> tuple[dict[str, Tensor], dict]: # Weights, state
     "The weights and state of an earlier run"
     from safetensors.torch import load_file
     folder = Path(folder)
+    if (folder/'training.json').exists():
+        named = {f'{k}.{n}': w for k, m in load_priors(folder, dtype=torch.float16).items() for n, w in m.state_dict().items()}
+        return named, json.loads((folder/'training.json').read_text())
     if not (folder/'state.json').exists(): raise UserError(f'{folder} holds no checkpoint of the tiny priors', 'Name the folder an earlier `train` wrote with --out')
     weights = {}
     for file in FILES:
@@ -1099,10 +1102,10 @@ def measure(
         figures['text_to_image'] = text
     return figures
 
-# %% ../nbs/45_tiny_priors.ipynb #a3fbaa5c
-def _write_json(path, **values):
+# %% ../nbs/45_tiny_priors.ipynb #1d2d974f
+def _write_json(path, indent=2, **values):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + '\n')
+    path.write_text(json.dumps(values, indent=indent) + '\n')
 
 def _index(pipeline, **parts):
     from diffusers import __version__
@@ -1136,6 +1139,7 @@ def save_priors(
         text_encoder=['transformers', 'CLIPTextModel'], tokenizer=['transformers', 'CLIPTokenizer'], safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False))
     _write_json(z/'model_index.json', **_index('Zero1to3StableDiffusionPipeline', unet=net('UNet2DConditionModel'), scheduler=net('DDIMScheduler'), vae=net('AutoencoderKL'),
         image_encoder=['transformers', 'CLIPVisionModelWithProjection'], feature_extractor=['transformers', 'CLIPImageProcessor'], cc_projection=['cc_projection', 'CCProjection']))
+    _write_json(folder/'training.json', None, **state)
     (folder/'README.md').write_text(model_card(state, sum(p.numel() for m in models.values() for p in m.parameters())))
     return folder
 

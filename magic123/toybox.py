@@ -316,7 +316,7 @@ class Paint:
         elif max(extent)*f < .6: pattern = 'plain'
         return [PATTERNS.index(pattern), *self.rgb, *(self.rgb2 if self.name2 else self.rgb), self.axis, f, phase, self.fill]
 
-# %% ../nbs/04_toybox.ipynb #94662de3
+# %% ../nbs/04_toybox.ipynb #03c241b1
 def turned(
     turn: tuple[float, float, float], # Degrees about x, y and z; z first, then x, then y
 ) -> np.ndarray: # (3,3): own coordinates to the world's
@@ -384,7 +384,8 @@ class Kit:
         r = turn if isinstance(turn, np.ndarray) else turned(turn)
         for side in (1, -1) if both else (1,):
             m = np.diag([side, 1., 1.])
-            self.rows.append([kind, -1. if carve else 1., side*at[0], at[1], at[2], *(m @ r @ m).T.ravel(), *size, soft, bound, *paint.on(extent)])
+            place = side*at[0], at[1], at[2], *(m @ r @ m).T.ravel()
+            self.rows.append([kind, -1. if carve else 1., *place, *size, soft, bound, *paint.on(extent)])
 
     def ball(self,
         paint: Paint,
@@ -404,12 +405,13 @@ class Kit:
         self.add(BOX, paint, at, half, half, math.sqrt(sum(h*h for h in half)), turn, both, carve, max(min(soft, *half), .004))
 
     def cone(self, paint, at, height, bottom, top=None, turn=(0., 0., 0.), both=False, carve=False, soft=.015) -> None:
-        "A cone that stands on `at` when it isn't turned, with radius `bottom` below and `top` above (the same if not said)"
+        "A cone on `at`, upright unless turned, with radius `bottom` below and `top` above (the same if not said)"
         r = turn if isinstance(turn, np.ndarray) else turned(turn)
         top, h = bottom if top is None else top, .5*height
         soft, wide = max(min(soft, h, bottom, top), .004), max(bottom, top)
         bottom, top = max(bottom, soft), max(top, soft)
-        self.add(CONE, paint, tuple(np.add(at, r[:, 1]*h)), (h, bottom, top), (wide, h, wide), math.sqrt(h*h + wide*wide), r, both, carve, soft)
+        middle, bound = tuple(np.add(at, r[:, 1]*h)), math.sqrt(h*h + wide*wide)
+        self.add(CONE, paint, middle, (h, bottom, top), (wide, h, wide), bound, r, both, carve, soft)
 
     def rod(self, paint, a, b, r, r2=None, both=False, carve=False) -> None:
         "A limb with round ends from `a`, of radius `r`, to `b`, of radius `r2`"
@@ -558,7 +560,7 @@ def mug(k):
     if k.chance(.4): k.ball(k.paint(unlike=body), (k(-.05, .05), .5*h, .5*r*(1 + flare)), (k(.1, .17), k(.1, .17), .03))
     return dict(mug=body, handle=handle)
 
-# %% ../nbs/04_toybox.ipynb #d4d44fd6
+# %% ../nbs/04_toybox.ipynb #d9e6261a
 CLOTH = 'stripes dots checks'
 
 @family('belly bow scarf')
@@ -614,7 +616,8 @@ def cat(k):
 
 @family('beak wings')
 def duck(k):
-    body, beak = k.paint('yellow white brown green blue pink orange gray', 'dots gradient', plain=.6), k.paint('orange yellow')
+    body = k.paint('yellow white brown green blue pink orange gray', 'dots gradient', plain=.6)
+    beak = k.paint('orange yellow')
     wings = k.paint() if k.chance(.5) else body.plain
     l, head = k(.3, .38), k(.16, .2)
     k.ball(body, (0, .3, 0), (k(.24, .29), .24, l))
@@ -639,7 +642,8 @@ def bird(k):
     k.cone(beak, (0, .74, .3), k(.14, .24), .06, .005, (90 + k(-5, 12), 0, 0))
     k.eyes((.08, .81, .29), .033, k.paint('white') if k.chance(.4) else None)
     up, out = k(-25, 40), k(.3, .42)
-    k.ball(wings, (.18 + .75*out*math.cos(math.radians(up)), .55 + .75*out*math.sin(math.radians(up)), -.08), (out, .045, .17), (0, 12, up), both=True)
+    x, y = .75*out*math.cos(math.radians(up)), .75*out*math.sin(math.radians(up))
+    k.ball(wings, (.18 + x, .55 + y, -.08), (out, .045, .17), (0, 12, up), both=True)
     k.box(wings, (0, .42, -.4), (.22, .04, .32), (-15, 0, 0), soft=.02)
     k.rod(beak, (.08, .32, .02), (.09, .05, .04), .022, both=True)
     k.rod(beak, (.09, .03, -.02), (.1, .02, .15), .025, both=True)
@@ -669,7 +673,8 @@ def penguin(k):
 
 @family('shell')
 def turtle(k):
-    shell, skin = k.paint('green brown orange red purple blue', 'dots checks stripes', plain=.15), k.paint('green yellow beige teal')
+    shell = k.paint('green brown orange red purple blue', 'dots checks stripes', plain=.15)
+    skin = k.paint('green yellow beige teal')
     w, h = k(.36, .42), k(.24, .34)
     k.ball(shell, (0, .2, 0), (w, h, w*1.12))
     k.box(skin.plain, (0, -.12, 0), (3*w, .6, 3*w), carve=True)
@@ -685,7 +690,8 @@ def turtle(k):
 
 @family('fins')
 def fish(k):
-    body, fins = k.paint(patterns='stripes dots two-tone gradient checks', plain=.25), k.paint('orange red yellow blue teal purple pink green')
+    body = k.paint(patterns='stripes dots two-tone gradient checks', plain=.25)
+    fins = k.paint('orange red yellow blue teal purple pink green')
     body = replace(body, axis=k.pick([0, 1]))
     h, l, tail = k(.24, .36), k(.42, .5), k(.17, .26)
     k.ball(body, (0, .5, 0), (l, h, k(.15, .2)))
@@ -728,7 +734,8 @@ def dragon(k):
 
 @family('mane saddle')
 def horse(k):
-    coat, mane = k.paint('brown white black gray beige orange', 'dots two-tone', plain=.6), k.paint('black brown white yellow beige')
+    coat = k.paint('brown white black gray beige orange', 'dots two-tone', plain=.6)
+    mane = k.paint('black brown white yellow beige')
     hooves, stride = k.paint('black brown gray', unlike=coat), k(-.1, .1)
     k.ball(coat, (0, .62, -.1), (.18, .2, .36))
     k.rod(coat.plain, (0, .7, .16), (0, 1.02, .34), .13, .095)
@@ -775,7 +782,8 @@ def snowman(k):
 
 @family('limbs')
 def robot(k):
-    body, limbs = k.paint('gray red blue teal orange green yellow purple', 'marks checks', plain=.6), k.paint('gray black white')
+    body = k.paint('gray red blue teal orange green yellow purple', 'marks checks', plain=.6)
+    limbs = k.paint('gray black white')
     lamp, dark = k.paint('yellow red green teal'), k.paint('black', plain=1.)
     w, head = k(.36, .5), k(.26, .36)
     k.box(body, (0, .48, 0), (w, .4, .28), soft=k(.02, .06))
@@ -797,7 +805,7 @@ def robot(k):
     k.box(body.plain, (.25*w, .05, .04), (.16, .1, .26), soft=.03, both=True)
     return dict(body=body, limbs=limbs)
 
-# %% ../nbs/04_toybox.ipynb #2cd04f89
+# %% ../nbs/04_toybox.ipynb #ce799ba9
 @family('roof')
 def car(k):
     body, roof, rubber = k.paint(patterns='stripes two-tone dots', plain=.6), k.paint(), k.paint('black')
@@ -896,7 +904,8 @@ def boat(k):
 
 @family('fins nose')
 def rocket(k):
-    body, fins = k.paint('white gray red blue teal yellow', 'stripes checks marks two-tone dots', plain=.4), k.paint('red blue orange purple green')
+    body = k.paint('white gray red blue teal yellow', 'stripes checks marks two-tone dots', plain=.4)
+    fins = k.paint('red blue orange purple green')
     r, h, n = k(.15, .2), k(.6, .75), k.count(3, 4)
     k.cone(body, (0, .2, 0), h, r, .88*r)
     k.cone(fins, (0, .2 + h, 0), k(.24, .36), .88*r, .015)
@@ -911,7 +920,7 @@ def rocket(k):
     k.cone(k.paint('orange yellow'), (0, -.12, 0), .24, .01, .09)
     return dict(body=body, fins=fins)
 
-# %% ../nbs/04_toybox.ipynb #5929bdf5
+# %% ../nbs/04_toybox.ipynb #ea92f89f
 @family('handle lid')
 def teapot(k):
     body, lid = k.paint(patterns='stripes dots checks two-tone gradient'), k.paint()
@@ -930,7 +939,8 @@ def teapot(k):
 
 @family('seat legs')
 def chair(k):
-    wood, seat = k.paint('brown beige white black red green blue orange'), k.paint(patterns='checks stripes dots', plain=.4)
+    wood = k.paint('brown beige white black red green blue orange')
+    seat = k.paint(patterns='checks stripes dots', plain=.4)
     w, h, back, t = k(.42, .55), k(.4, .5), k(.45, .6), k(.05, .075)
     d = k(.4, .5)
     k.box(seat, (0, h, 0), (w, k(.06, .11), d), soft=.03)
@@ -974,7 +984,8 @@ def table(k):
 
 @family('base')
 def lamp(k):
-    shade, base = k.paint('white yellow red orange beige pink green blue purple', 'stripes dots two-tone checks gradient'), k.paint('black gray brown yellow white teal')
+    shade = k.paint('white yellow red orange beige pink green blue purple', 'stripes dots two-tone checks gradient')
+    base = k.paint('black gray brown yellow white teal')
     shade, h, r = replace(shade, axis=k.pick([1, 3])), k(.6, .85), k(.28, .38)
     tall = k(.28, .38)
     k.cone(base, (0, 0, 0), .06, k(.2, .26), .17, soft=.025)
@@ -1016,7 +1027,8 @@ def clock(k):
 
 @family('lens')
 def camera(k):
-    body, metal = k.paint('black red brown teal blue beige green gray', 'marks two-tone', plain=.5), k.paint('gray white black')
+    body = k.paint('black red brown teal blue beige green gray', 'marks two-tone', plain=.5)
+    metal = k.paint('gray white black')
     w, h, r = k(.85, 1.05), k(.48, .6), k(.19, .24)
     metal = k.paint('gray white black', unlike=body)
     lens, z = k.paint('black gray', unlike=metal), k(.12, .3)
@@ -1059,7 +1071,8 @@ def guitar(k):
 
 @family('head')
 def microphone(k):
-    grip, mesh = k.paint('black gray red blue purple yellow teal', 'stripes two-tone dots', plain=.4), k.paint('gray white black yellow', 'checks')
+    grip = k.paint('black gray red blue purple yellow teal', 'stripes two-tone dots', plain=.4)
+    mesh = k.paint('gray white black yellow', 'checks')
     if mesh.pattern == 'checks': mesh = replace(mesh, frequency=14.)
     band, r, h, lean = k.paint('yellow red gray white', unlike=grip), k(.16, .2), k(.55, .7), k(-6, 6)
     k.cone(k.paint('black gray'), (0, 0, 0), .06, .26, .22)
@@ -1073,10 +1086,11 @@ def microphone(k):
     k.box(k.paint('red white green', unlike=grip), (.6*x, .32 + .62*h, .11), (.055, .11, .04), soft=.015)
     return dict(grip=grip, head=mesh)
 
-# %% ../nbs/04_toybox.ipynb #d6813f74
+# %% ../nbs/04_toybox.ipynb #32fa7e95
 @family('roof door')
 def house(k):
-    wall, roof = k.paint('white beige yellow red orange pink blue gray', 'stripes checks', plain=.6), k.paint('red brown gray blue green black purple', 'checks stripes', plain=.5)
+    wall = k.paint('white beige yellow red orange pink blue gray', 'stripes checks', plain=.6)
+    roof = k.paint('red brown gray blue green black purple', 'checks stripes', plain=.5)
     roof = replace(roof, frequency=8.)
     w, h, d = k(.6, .8), k(.34, .48), k(.5, .7)
     door, glass, slope = k.paint('brown red green blue white', unlike=wall), k.paint('teal blue yellow', unlike=wall), k(32, 48)
@@ -1097,7 +1111,8 @@ def house(k):
 
 @family('roof')
 def castle(k):
-    stone, roof = k.paint('gray beige white brown pink purple', 'checks', plain=.4), k.paint('red blue purple green orange')
+    stone = k.paint('gray beige white brown pink purple', 'checks', plain=.4)
+    roof = k.paint('red blue purple green orange')
     gate, flag, w, h = k.paint('brown black'), k.paint('red yellow blue green'), k(.32, .38), k(.45, .6)
     k.box(stone, (0, .2, 0), (2*w, .4, 2*w))
     k.box(stone, (0, .35, -.05), (.34, .75 + k(0, .2), .34))
@@ -1155,7 +1170,8 @@ def tree(k):
 
 @family('pot flowers')
 def cactus(k):
-    skin, pot = k.paint('green teal', 'stripes dots', plain=.3), k.paint(patterns='stripes two-tone checks dots', plain=.5)
+    skin = k.paint('green teal', 'stripes dots', plain=.3)
+    pot = k.paint(patterns='stripes two-tone checks dots', plain=.5)
     skin, r, h = replace(skin, axis=3, fill=.24), k(.13, .17), k(.55, .75)
     pot_h, side = k(.22, .3), k.pick([-1, 1])
     k.cone(pot, (0, 0, 0), pot_h, .2, .27)
@@ -1167,13 +1183,15 @@ def cactus(k):
         k.rod(skin.plain, (0, y, 0), (a, y + .02, 0), .075)
         k.rod(skin.plain, (a, y + .02, 0), (a, y + up, 0), .075)
     flowers = k.paint('pink red yellow white purple')
-    for i in range(k.count(1, 4)): k.ball(flowers, ((0, .06, -.07, 0)[i], pot_h + h + r - .01 - .03*(i > 0), (0, .05, .04, -.08)[i]), (.06, .045, .06))
+    for x, y, z in [(0, 0, 0), (.06, -.03, .05), (-.07, -.03, .04), (0, -.03, -.08)][:k.count(1, 4)]:
+        k.ball(flowers, (x, pot_h + h + r - .01 + y, z), (.06, .045, .06))
     k.ball(flowers, (.05, pot_h + .6*h, r*.95), .04)
     return dict(plant=skin, pot=pot, flowers=flowers)
 
 @family('stem')
 def mushroom(k):
-    cap, stem = k.paint('red orange brown purple blue pink yellow', 'dots stripes', plain=.2), k.paint('white beige yellow')
+    cap = k.paint('red orange brown purple blue pink yellow', 'dots stripes', plain=.2)
+    stem = k.paint('white beige yellow')
     cap, r, h = replace(cap, axis=3, fill=k(.25, .36)), k(.36, .46), k(.42, .6)
     k.cone(stem, (0, 0, 0), h, k(.15, .2), k(.1, .14), soft=.04)
     k.ball(cap, (0, h - .04, 0), (r, k(.26, .4), r))
@@ -1190,7 +1208,8 @@ def mushroom(k):
 
 @family('candles')
 def cake(k):
-    icing, sponge = k.paint('pink white brown yellow purple teal blue', 'dots stripes', plain=.4), k.paint('beige brown yellow white')
+    icing = k.paint('pink white brown yellow purple teal blue', 'dots stripes', plain=.4)
+    sponge = k.paint('beige brown yellow white')
     trim, n, r = k.paint(unlike=icing), k.count(1, 3), k(.36, .45)
     h, y = k(.2, .26), .05
     k.cone(k.paint('white gray teal'), (0, 0, 0), .05, r + .09)
@@ -1214,7 +1233,8 @@ def cake(k):
 
 @family('cup')
 def cupcake(k):
-    cream, cup = k.paint('pink white brown teal yellow purple blue orange', 'dots', plain=.6), k.paint(patterns='stripes dots', plain=.25)
+    cream = k.paint('pink white brown teal yellow purple blue orange', 'dots', plain=.6)
+    cup = k.paint(patterns='stripes dots', plain=.25)
     cup, h, r, n = replace(cup, axis=3), k(.34, .44), k(.34, .4), k.count(3, 4)
     k.cone(cup, (0, 0, 0), h, .7*r, r)
     y, w = h, 1.08*r
@@ -1244,9 +1264,9 @@ def donuts(k):
         k.ring(dough, (x, y + t, 0), r, t, turn)
         k.ring(top, (x, y + 1.35*t, 0), r, .93*t, turn)
         for j in range(7):
-            a, z = .9*j + k(0, .3), turned(turn)
-            p = z @ np.array([(r + .05*(-1)**j)*math.sin(a), .88*t, (r + .05*(-1)**j)*math.cos(a)])
-            k.rod(bits, (x + p[0], y + 1.35*t + p[1], p[2]), (x + p[0] + .04*math.sin(5*j), y + 1.35*t + p[1], p[2] + .04*math.cos(5*j)), .016)
+            a, q = .9*j + k(0, .3), r + .05*(-1)**j
+            p = turned(turn) @ np.array([q*math.sin(a), .88*t, q*math.cos(a)]) + (x, y + 1.35*t, 0)
+            k.rod(bits, tuple(p), tuple(p + (.04*math.sin(5*j), 0, .04*math.cos(5*j))), .016)
         y += 1.75*t
     if k.chance(.5):
         a = k(-40, 40)
@@ -1421,7 +1441,7 @@ def _torch_render(packed, which, c2w, focal, height, width, samples, out):
         rays = torch.stack([*colours[:3], hit, t*hit, *colours[3:]], -1)
         out[i] = rays.view(height, samples, width, samples, 8).mean((1, 3))
 
-# %% ../nbs/04_toybox.ipynb #cbb66145
+# %% ../nbs/04_toybox.ipynb #f79ede0b
 @functools.cache
 def _numba_kernel():
     import numba
@@ -1448,7 +1468,8 @@ def _numba_kernel():
                     if near >= far: continue
                     t, best, hit = march(rows, begin, count, mask, ox, oy, oz, dx, dy, dz, near, far, steps)
                     if hit == 0.: continue
-                    r, g, b, nx, ny, nz = shade_nearest(rows, begin, count, mask, best, hit, ox + t*dx, oy + t*dy, oz + t*dz, lx, ly, lz, ambient)
+                    r, g, b, nx, ny, nz = shade_nearest(rows, begin, count, mask, best, hit,
+                        ox + t*dx, oy + t*dy, oz + t*dz, lx, ly, lz, ambient)
                     share = 1./(samples*samples)
                     pixel[0] += r*share
                     pixel[1] += g*share
@@ -1469,7 +1490,7 @@ def _numba_render(packed, which, c2w, focal, height, width, samples, out):
     _numba_kernel()(double[0], packed.first.long().numpy(), double[1], which.numpy(), double[2], focal, samples, STEPS, out.numpy())
     torch.set_num_threads(threads) # numba's OpenMP layer changes it behind our back
 
-# %% ../nbs/04_toybox.ipynb #7f535593
+# %% ../nbs/04_toybox.ipynb #e5070788
 def _tl_at(rows, i): return tl.load(rows + i)
 def _tl_anywhere(flags): return tl.max(flags, 0) > 0
 def _tl_where(c, a, b): return tl.where(c, a, b)
@@ -1508,7 +1529,8 @@ def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samp
         mask, near, far = cull(rows, begin, count, ox, oy, oz, dx, dy, dz)
         if mask != 0:
             t, best, hit = march(rows, begin, count, mask, ox, oy, oz, dx, dy, dz, near, far, steps)
-            sr, sg, sb, sx, sy, sz = shade_nearest(rows, begin, count, mask, best, hit, ox + t*dx, oy + t*dy, oz + t*dz, lx, ly, lz, ambient)
+            sr, sg, sb, sx, sy, sz = shade_nearest(rows, begin, count, mask, best, hit,
+                ox + t*dx, oy + t*dy, oz + t*dz, lx, ly, lz, ambient)
             r, g, b, a = r + sr, g + sg, b + sb, a + hit
             depth, nx, ny, nz = depth + t*hit, nx + sx, ny + sy, nz + sz
     share = 1./(samples*samples)
@@ -1525,10 +1547,10 @@ def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samp
 
 def _triton_render(packed, which, c2w, focal, height, width, samples, out):
     across, down = -(-width//8), -(-height//8)
-    _triton_kernel()[(across*down*len(which),)](packed.rows, packed.first, packed.light, which, c2w, out, focal, height, width, samples, STEPS,
-        across*down, across, num_warps=1)
+    _triton_kernel()[(across*down*len(which),)](packed.rows, packed.first, packed.light, which, c2w, out, focal,
+        height, width, samples, STEPS, across*down, across, num_warps=1)
 
-# %% ../nbs/04_toybox.ipynb #6af126e7
+# %% ../nbs/04_toybox.ipynb #2e784700
 BACKENDS = dict(torch=_torch_render, numba=_numba_render, triton=_triton_render)
 
 def _backend(wanted, device):
@@ -1548,7 +1570,8 @@ def _backend(wanted, device):
 def _draw(packed, which, c2w, fovy, height, width, supersample, backend):
     out = torch.empty(len(which), height, width, 8, device=packed.rows.device)
     focal = height/(2*math.tan(math.radians(fovy)/2))
-    BACKENDS[_backend(backend, out.device)](packed, which.long().contiguous(), c2w.float().contiguous(), focal, height, width, supersample, out)
+    which, c2w = which.to(out.device).long().contiguous(), c2w.to(out.device).float().contiguous()
+    BACKENDS[_backend(backend, out.device)](packed, which, c2w, focal, height, width, supersample, out)
     return out
 
 def render_toys(
@@ -1560,7 +1583,7 @@ def render_toys(
     supersample: int = 2, # Rays a side of each pixel
     backend: str = 'auto', # 'torch', 'numba' (CPU), 'triton' (CUDA)
     background: float | Tensor = 1., # A grey, or (3,)
-) -> dict[str, Tensor]: # 'rgb' (B,S,S,3) on the background; 'alpha', 'depth' (B,S,S,1) and 'normal' (B,S,S,3), the last two weighted by opacity
+) -> dict[str, Tensor]: # rgb (B,S,S,3) on the background; alpha (B,S,S,1); depth (B,S,S,1) and normal (B,S,S,3), weighted by opacity
     "Exact pictures of toys"
     out = _draw(packed, which, c2w, fovy, size, size, supersample, backend)
     rgb, alpha, depth, normal = out.split([3, 1, 1, 3], -1)
