@@ -353,7 +353,7 @@ OFFICIAL = [
     Change('photo.shape', 'squash', 'official code (nerf/utils.py)'),
 ]
 
-# %% ../nbs/50_recipe.ipynb #a510a271
+# %% ../nbs/50_recipe.ipynb #a991bda6
 QUICK = [
     *[Change(f'priors.{p}', 'tiny', 'ours: embedded') for p in ('stable_diffusion', 'zero123')],
     Change('priors.guidance_2d', 10., 'a prototype on the toybox'),
@@ -368,7 +368,7 @@ QUICK = [
     Change('nerf.occupancy', 64, 'ours: as fine as the coarse view'),
     Change('dmtet.resolution', 80, 'ours: minutes'),
     Change('dmtet.samples', 64, 'ours: as fine as the coarse view'),
-    Change('coarse.steps', 300, 'a prototype on the toybox: 250 to 500'),
+    Change('coarse.steps', 250, 'a prototype on the toybox: 250 to 500'),
     Change('coarse.resolution', 64, 'a prototype on the toybox: 48 to 64'),
     Change('coarse.reference_resolution', 96, 'official code (main.py): 1.5 times the novel view'),
     Change('coarse.weight_2d', .3, 'a prototype on the toybox: .2 to .5'),
@@ -379,7 +379,9 @@ QUICK = [
     Change('coarse.weights.normal_smooth', 0., 'ours: six queries a sample cost more than they give here'),
     Change('coarse.weights.entropy', 1e-2, 'a prototype on the toybox'),
     Change('coarse.entropy_ramp', .5, 'official code (main.py)'),
-    Change('fine.steps', 150, 'ours: minutes'),
+    Change('fine.steps', 120, 'ours: minutes'),
+    Change('export.turntable_views', 60, 'ours: minutes'),
+    Change('export.turntable_size', 400, 'ours: minutes'),
     Change('fine.resolution', 512, 'paper 3.2: 8 times the coarse stage'),
     Change('fine.reference_resolution', 512, 'paper 3.2: 8 times the coarse stage'),
     Change('fine.weight_2d', .03, 'ours: a tenth of the coarse stage, to refine'),
