@@ -167,14 +167,17 @@ def load_priors(
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
     return JointPrior(priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #ff7f293f
-@dataclass
+# %% ../nbs/53_image_to_mesh.ipynb #48198427
+@dataclass(repr=False)
 class Result:
     "What a run leaves behind"
     folder: Path
     mesh: Path # The GLB, or the first format asked for
     metrics: dict # As in `metrics.json`
 
+    def __repr__(self):
+        m = self.metrics
+        return f'Result({self.folder.name}: {m["mesh"]["faces"]} triangles, {m["reference"]["psnr"]:.1f} dB)'
     def _repr_jpeg_(self):
         with Image.open(self.folder/'contact_sheet.png') as sheet: return Strip(sheet.convert('RGB'))._repr_jpeg_()
 
