@@ -6,9 +6,9 @@
 __all__ = ['PICTURES', 'versions', 'weight_hashes', 'Job', 'keep_reference', 'kept_reference', 'choose_prompt', 'prior_folder',
            'wanted_priors', 'load_priors', 'Result', 'peak_memory_gb', 'make_nerf', 'continue_run', 'write_files',
            'write_metrics', 'finished', 'pictures_in', 'image_name', 'check_folder', 'read_photo', 'begin_run',
-           'reconstruct', 'resume', 'final_scene', 'film', 'export_mesh']
+           'for_team', 'reconstruct', 'resume', 'final_scene', 'film', 'export_mesh']
 
-# %% ../nbs/53_image_to_mesh.ipynb #ea78d7f9
+# %% ../nbs/53_image_to_mesh.ipynb #9e6db954
 import hashlib, json, platform, shutil, sys, tempfile, time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,9 @@ from torch import Tensor
 from .cameras import Camera
 from .dmtet import DMTet
 from .export import TexturedMesh, contact_sheet, load_mesh, mesh_report, save_mesh, textured_mesh, write_turntable
+from .fast_priors import quicken
 from .joint_prior import JointPrior
+from .many_gpus import Team, join
 from .nerf import NeRF
 from .optimise import Interrupted, load_scene, optimise
 from .preprocess import Reference, load_reference
@@ -130,7 +132,7 @@ def choose_prompt(
     captions = [make_toy(family, 0).captions[-1] for family in FAMILIES]
     return prior.pick_caption(reference, captions, generator=torch.Generator().manual_seed(job.recipe.seed)), {}, 'what the 2D prior thinks it sees; correct it with --prompt.text'
 
-# %% ../nbs/53_image_to_mesh.ipynb #9277b9a6
+# %% ../nbs/53_image_to_mesh.ipynb #84b1cf3a
 def prior_folder(
     source: str, # 'tiny', a folder, or a hub id
     part: str, # 'stable_diffusion' or 'zero123'
@@ -162,12 +164,12 @@ def load_priors(
         prompt, embeds, how = choose_prompt(job, prior, reference)
         say(f'Prompt: "{prompt}", {how}')
         job.recipe = job.recipe.replace({'prompt.text': prompt})
-        priors['2d'] = prior.with_prompt(prompt, embeds), 1.
-    if '3d' in folders: priors['3d'] = Zero123Prior.load(folders['3d'], reference, p.guidance_3d, angle_scaling=p.angle_scaling, **common), 1.
+        priors['2d'] = quicken(prior.with_prompt(prompt, embeds), p.speed), 1.
+    if '3d' in folders: priors['3d'] = quicken(Zero123Prior.load(folders['3d'], reference, p.guidance_3d, angle_scaling=p.angle_scaling, **common), p.speed), 1.
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
     return JointPrior(priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #48198427
+# %% ../nbs/53_image_to_mesh.ipynb #faeedc61
 @dataclass(repr=False)
 class Result:
     "What a run leaves behind"
@@ -200,13 +202,13 @@ def continue_run(
     on_step=None, # Called as `on_step(name, stage, progress, values)` after every step
 ) -> Result:
     "From reference to mesh, from wherever it was left"
-    job = Job.open(folder)
+    job, team = Job.open(folder), join()
     if (job.folder/'metrics.json').is_file(): return finished(job)
     recipe, device = job.recipe, job.device
     if recipe.threads: torch.set_num_threads(recipe.threads)
     reference = kept_reference(job).to(device)
-    prior = load_priors(job, reference, say)
-    job.save()
+    prior = load_priors(job, reference, say if team.first else lambda text: None)
+    if team.first: job.save()
 
     def stage(name, scene):
         settings = getattr(recipe, name)
@@ -216,15 +218,17 @@ def continue_run(
     try:
         nerf = make_nerf(recipe).to(device)
         coarse = stage('coarse', nerf)
-        dmtet = DMTet.from_nerf(nerf, **recipe.dmtet.model_dump())
+        dmtet = DMTet.from_nerf(nerf, **recipe.dmtet.model_dump(), photo=reference)
         fine = stage('fine', dmtet)
-        mesh, seconds = write_files(job, dmtet, reference)
-        seconds = dict(coarse=coarse.seconds, fine=fine.seconds, export=seconds)
-        write_metrics(job, mesh, reference, seconds, skipped=dict(coarse=coarse.skipped, fine=fine.skipped))
+        def finish():
+            mesh, seconds = write_files(job, dmtet, reference)
+            seconds = dict(coarse=coarse.seconds, fine=fine.seconds, export=seconds)
+            write_metrics(job, mesh, reference, seconds, skipped=dict(coarse=coarse.skipped, fine=fine.skipped))
+        team.alone(finish)
     except KeyboardInterrupt as e: raise Interrupted(f'{e or "Stopped"}\nContinue with `magic123 resume {folder}`') from e
     return finished(job)
 
-# %% ../nbs/53_image_to_mesh.ipynb #aa7f1564
+# %% ../nbs/53_image_to_mesh.ipynb #8c12b888
 @torch.no_grad()
 def write_files(
     job: Job,
@@ -234,7 +238,7 @@ def write_files(
     "Mesh, film and contact sheet"
     began, e = time.perf_counter(), job.recipe.export
     vertices, faces = scene.mesh()
-    mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces)
+    mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
     for kind in e.formats: save_mesh(job.folder/f'mesh.{kind}', mesh)
     write_turntable(mesh, job.folder/'turntable.mp4', e.turntable_views, e.turntable_size, reference.camera)
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
@@ -263,7 +267,7 @@ def finished(
     if not (job.folder/'metrics.json').is_file(): raise UserError(f'The run in {job.folder} has not ended', f'Continue it with `magic123 resume {job.folder}`')
     return Result(job.folder, job.folder/f'mesh.{job.recipe.export.formats[0]}', json.loads((job.folder/'metrics.json').read_text()))
 
-# %% ../nbs/53_image_to_mesh.ipynb #a7fdab61
+# %% ../nbs/53_image_to_mesh.ipynb #f5ab1c4c
 PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'
 
 def pictures_in(
@@ -328,6 +332,17 @@ def begin_run(
         raise
     return job
 
+def for_team(
+    recipe: Recipe,
+    team: Team, # Who will work on it
+    say=print, # Told what was decided
+) -> Recipe: # With so many novel views a step that all have equally many to see
+    "A recipe that gives work to everybody"
+    if team.size == 1: return recipe
+    views = {f'{s}.novel_views': -(-getattr(recipe, s).novel_views//team.size)*team.size for s in ('coarse', 'fine')}
+    if team.first: say(f'{team.size} processes: {views["coarse.novel_views"]} novel views a step')
+    return recipe.replace(views)
+
 def reconstruct(
     image, # A path, a folder of pictures, 'toybox:family:seed', a PIL picture, or an array
     out: str | Path | None = None, # The run's folder; `runs/NAME-RECIPE` if None
@@ -341,21 +356,22 @@ def reconstruct(
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).replace(overrides)
     out = Path(out) if out else Path('runs')/f'{image_name(image)}-{recipe.name}'
     if isinstance(image, (str, Path)) and Path(image).is_dir(): return _each(pictures_in(Path(image)), out, recipe, overwrite, say, on_step)
-    job = begin_run(image, out, recipe, overwrite, say)
-    return continue_run(job.folder, say, on_step)
+    team = join()
+    folder = team.alone(lambda: begin_run(image, out, for_team(recipe, team, say), overwrite, say).folder)
+    return continue_run(folder, say, on_step)
 
 def _each(images, out, recipe, overwrite, say, on_step):
     results, failed = [], {}
     for image in images:
         say(f'{image}:')
-        begun = (out/image.stem/'recipe.json').is_file() and not overwrite
+        begun = join().alone(lambda: (out/image.stem/'recipe.json').is_file() and not overwrite)
         try: results.append(continue_run(out/image.stem, say, on_step) if begun else reconstruct(image, out/image.stem, recipe, overwrite, say, on_step))
         except UserError as e: failed[image] = e
     for image, e in failed.items(): say(f'{image} failed: {e}')
     if failed: raise UserError(f'{len(failed)} of {len(images)} pictures failed', 'The others are done; what was wrong is said above')
     return results
 
-# %% ../nbs/53_image_to_mesh.ipynb #7c1d95ba
+# %% ../nbs/53_image_to_mesh.ipynb #bbcbe3b7
 def resume(
     folder: str | Path, # A run, or a folder of runs
     say=print, # Told what was decided
@@ -400,5 +416,5 @@ def export_mesh(
     with torch.no_grad():
         scene, e = final_scene(folder), job.recipe.export
         vertices, faces = scene.mesh()
-        mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, texture or e.texture, max_faces or e.max_faces)
+        mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, texture or e.texture, max_faces or e.max_faces, e.smallest_piece)
     return [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh)]

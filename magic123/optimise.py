@@ -6,8 +6,9 @@
 __all__ = ['photo_terms', 'jitter', 'novel_look', 'view_terms', 'step_terms', 'Progress', 'save_checkpoint', 'load_checkpoint',
            'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
 
-# %% ../nbs/51_optimise.ipynb #d8f0ac61
+# %% ../nbs/51_optimise.ipynb #767bac3e
 import json, math, signal, threading, time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from .cameras import Camera, sample_novel_camera
 from .losses import depth_loss, mask_loss, normal_smooth_loss, normal_tv_loss, rgb_loss, without_edge
+from .many_gpus import Team, join
 from .recipe import NovelSettings, Stage
+from .sds import fork
 from .shading import Scene, Shading, ShadingSchedule, View, sample_shading
 from .show import UserError, atomic_write, depth_to_rgb, normal_to_rgb, strip
 
@@ -47,22 +50,22 @@ def jitter(
     c2w[:3, 2] -= tilt
     return replace(camera, c2w=c2w)
 
-# %% ../nbs/51_optimise.ipynb #6cf7bafd
+# %% ../nbs/51_optimise.ipynb #a748c1cd
 def novel_look(
     stage: Stage,
     novel: NovelSettings, # Where novel views are taken from
     step: int, # Counted from 0
     generator: torch.Generator,
-    device='cpu',
+    device='cpu', # Where the background will be needed
 ) -> tuple[Camera, Shading, Tensor | None]: # Where from, how lit, background (3,) or None for white
     "Draw a novel view"
     camera = sample_novel_camera(novel.radius, novel.polar, novel.azimuth, novel.fovy, novel.uniform_sphere_rate, stage.resolution, generator=generator)
     schedule = ShadingSchedule(stage.light.normal_fraction, stage.light.textureless, stage.light.ambient)
     shading, unlit, colour = sample_shading(step/stage.steps, schedule, camera, generator), *torch.rand(4, generator=generator).split([1, 3])
     if shading.mode != 'normal' and unlit.item() < stage.light.albedo: shading = Shading()
-    return camera.to(device), shading, colour.to(device) if stage.background == 'random' else None
+    return camera, shading, colour.to(device, non_blocking=True) if stage.background == 'random' else None
 
-# %% ../nbs/51_optimise.ipynb #5d710d87
+# %% ../nbs/51_optimise.ipynb #b4ca8a99
 def view_terms(
     scene: Scene,
     view: View, # What some camera sees
@@ -83,23 +86,26 @@ def step_terms(
     novel: NovelSettings, # Where novel views are taken from
     step: int, # Counted from 0
     generator: torch.Generator,
-) -> dict[str, Tensor]: # Loss name -> scalar; the priors' with their weights, all others before theirs
-    "All terms of Eq. 4 for one step"
+    team: Team = Team(), # Who shares the views
+) -> Iterator[dict[str, Tensor]]: # For each view: loss name -> scalar; the priors' with their weights, all others before theirs
+    "All terms of Eq. 4 for one step, to be added up"
     at_photo, elsewhere = stage.views(step)
-    w, terms, owed = stage.weights, {}, []
+    w, n, kinds, terms = stage.weights, stage.novel_views, at_photo + elsewhere, {}
     normals = bool(w.normal_smooth or w.normal_tv or w.orient)
-    if at_photo:
-        camera = jitter(reference.camera, stage.reference_noise, generator)
-        view = scene.render(camera, Shading(), generator=generator, normals=normals)
-        terms |= photo_terms(view, reference, stage)
-        owed.append(view_terms(scene, view, stage))
-    if elsewhere:
-        camera, shading, background = novel_look(stage, novel, step, generator, reference.rgb.device)
-        view = scene.render(camera, shading, background, generator=generator, normals=normals)
-        if prior is not None: terms |= prior.terms(view, camera, stage.noise_levels(step), generator, weights=stage.prior_weights(step))
-        owed.append(view_terms(scene, view, stage))
-    for k in dict.fromkeys(k for o in owed for k in o): terms[k] = sum(o[k] for o in owed if k in o)/len(owed)
-    return terms
+    dice = [generator]*2 if n == 1 else [fork(generator) for _ in range(1 + n)]
+    if at_photo and team.first:
+        camera = jitter(reference.camera, stage.reference_noise, dice[0])
+        view = scene.render(camera, Shading(), generator=dice[0], normals=normals)
+        terms = photo_terms(view, reference, stage) | {k: v/kinds for k, v in view_terms(scene, view, stage).items()}
+    for i in team.mine(n) if elsewhere else ():
+        camera, shading, background = novel_look(stage, novel, step, dice[1 + i], reference.rgb.device)
+        view = scene.render(camera, shading, background, generator=dice[1 + i], normals=normals)
+        told = {} if prior is None else prior.terms(view, camera, stage.noise_levels(step), dice[1 + i], weights=stage.prior_weights(step))
+        terms |= {k: v/n for k, v in told.items()}
+        for k, v in view_terms(scene, view, stage).items(): terms[k] = v/(n*kinds) + terms.get(k, 0.)
+        yield terms
+        terms = {}
+    if terms: yield terms
 
 # %% ../nbs/51_optimise.ipynb #aa9a9dd6
 @dataclass
@@ -153,7 +159,7 @@ def make_adam(
     device = groups[0]['params'][0].device.type
     return torch.optim.Adam(groups, betas=(stage.beta1, stage.beta2), eps=stage.eps, fused=device in ('cpu', 'cuda'))
 
-# %% ../nbs/51_optimise.ipynb #00249ee5
+# %% ../nbs/51_optimise.ipynb #08ba479c
 class Interrupted(KeyboardInterrupt):
     "Somebody asked the loop to stop, and it has saved its state"
 
@@ -166,12 +172,15 @@ class Run:
         seed: int = 101, # Official code
         log: Path | None = None, # A line per step goes here; `folder/log.jsonl` if None
     ):
-        self.scene, self.stage, self.folder, self.log = scene, stage, Path(folder), Path(log or Path(folder)/'log.jsonl')
+        self.scene, self.stage, self.folder, self.log, self.team = scene, stage, Path(folder), Path(log or Path(folder)/'log.jsonl'), join()
+        if self.team.size > stage.novel_views: raise UserError(f'{self.team.size} processes cannot share {stage.novel_views} novel views a step',
+            f'Start at most {stage.novel_views}, or begin a run with novel_views {self.team.size} or more')
         self.generator, self.adam, self.progress = torch.Generator().manual_seed(seed), make_adam(scene, stage), Progress()
         self.params = [p for g in self.adam.param_groups for p in g['params']]
         self.average = None if stage.ema_decay is None else [p.detach().clone() for p in self.params]
-        if not self.restore():
+        if self.team.agree(not self.restore()): # nobody writes before all have looked
             self.progress.log_bytes = self.log.stat().st_size if self.log.exists() else 0
+            self.team.share(list(scene.state_dict().values()))
             self.save()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -181,8 +190,8 @@ class Run:
         return out | {f'average.{i}': v for i, v in enumerate(self.average or [])}
 
     def save(self):
-        "Write a checkpoint"
-        save_checkpoint(self.folder, self.tensors(), self.progress)
+        "Write a checkpoint: one process for all"
+        if self.team.first: save_checkpoint(self.folder, self.tensors(), self.progress)
 
     def restore(self, chance: bool = True) -> bool: # False if there is no checkpoint; without `chance` the generator goes on
         "Take up the newest checkpoint"
@@ -198,15 +207,17 @@ class Run:
         if chance: self.generator.set_state(tensors['rng'])
         return True
 
-    def update(self, terms: dict[str, Tensor]) -> dict[str, float]: # Every term, as a number, and the gradient's length
-        "Weigh, add up, check, one backward pass, one step of Adam"
+    def update(self, parts: Iterable[dict[str, Tensor]]) -> dict[str, float]: # Every term, as a number, and the gradient's length
+        "Weigh, add up, go back to the parameters view by view, check, one step of Adam"
         step = self.progress.step
-        weights = self.stage.loss_weights(step)
-        values = dict(zip(terms, torch.stack([v.detach().float() for v in terms.values()]).tolist())) if terms else {}
+        weights, found = self.stage.loss_weights(step), {}
         self.adam.zero_grad()
-        if values and all(map(math.isfinite, values.values())):
+        for terms in parts:
             sum(weights.get(k, 1.)*v for k, v in terms.items()).backward()
-            values['gradient'] = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None]).item()
+            for k, v in terms.items(): found[k] = v.detach().float() + found.get(k, 0.)
+        values = dict(zip(found, torch.stack(list(found.values())).tolist())) if found else {}
+        values = self.team.add_up(values, self.params)
+        if values: values['gradient'] = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None]).item()
         if good := all(map(math.isfinite, values.values())):
             for g in self.adam.param_groups: g['lr'] = g['full_lr']*self.stage.rate(step)*self.progress.lr_scale
             self.adam.step()
@@ -234,6 +245,7 @@ class Run:
 
     def write_log(self, values: dict[str, float], ms: float):
         "One line, and all lines of steps that were lost are gone"
+        if not self.team.first: return
         p = self.progress
         line = json.dumps(dict(stage=self.folder.name, step=p.step, **values, lr_scale=p.lr_scale, skipped=p.skipped, ms=round(ms, 1)))
         try:
@@ -273,7 +285,7 @@ def preview(
     rows = [[v.rgb for v in views], [normal_to_rgb(v.normal, v.alpha) for v in views], [depth_to_rgb(v.depth, v.alpha) for v in views]]
     return strip(rows)
 
-# %% ../nbs/51_optimise.ipynb #b656806f
+# %% ../nbs/51_optimise.ipynb #6999950f
 def optimise(
     scene: Scene, # What to improve
     reference, # What to resemble: a `Reference`
@@ -293,16 +305,16 @@ def optimise(
         while run.progress.step < stage.steps:
             began, step = time.perf_counter(), run.progress.step
             scene.prepare(step, stage.steps, run.generator)
-            values = run.update(step_terms(scene, photo, prior, stage, novel, step, run.generator))
+            values = run.update(step_terms(scene, photo, prior, stage, novel, step, run.generator, run.team))
             if run.average is not None and run.progress.step % stage.ema_interval == 0: run.take_average()
             run.progress.seconds += time.perf_counter() - began
             run.write_log(values, 1000*(time.perf_counter() - began))
             if run.progress.in_a_row >= stage.patience: run.go_back(values)
             done = run.progress.step
-            if done % stage.preview_interval == 0 or done == stage.steps:
+            if run.team.first and (done % stage.preview_interval == 0 or done == stage.steps):
                 with atomic_write(run.folder/f'preview_{done:07d}.png') as tmp: preview(scene, photo.camera).image.save(tmp)
             if on_step: on_step(run.progress, values)
-            stop = bool(asked)
+            stop = run.team.agree(bool(asked))
             if done == stage.steps or not run.progress.in_a_row and (done % stage.checkpoint_interval == 0 or stop): run.save()
             if stop: raise Interrupted(f'Stopped after step {done} of {stage.steps}; the state is in {folder}')
     if run.average is not None:

@@ -132,7 +132,7 @@ class PromptSettings(Settings):
     learned_embeds: str | None = setting(None, 'paper 2.2: textual inversion', 'File with a learned token for this photo')
     view_words: bool = setting(False, 'paper 2.2: one prompt for all views', "Add 'front view', 'side view', 'back view' to the prompt")
 
-# %% ../nbs/50_recipe.ipynb #731957fa
+# %% ../nbs/50_recipe.ipynb #fd46aac0
 class PriorSettings(Settings):
     "Which diffusion models, and how hard they are asked"
     stable_diffusion: str = setting('stable-diffusion-v1-5/stable-diffusion-v1-5', 'paper 3.2: version 1.5',
@@ -140,6 +140,7 @@ class PriorSettings(Settings):
     zero123: str = setting('kxic/zero123-105000', 'paper 3.2: the 105,000 iterations version',
         "3D prior: 'tiny' (embedded), a folder, a .ckpt, or a hub id")
     dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: float16 on a GPU (as official code (main.py)), float32 else', 'Precision of the priors')
+    speed: Literal['plain', 'graphs', 'compiled'] = setting('graphs', 'ours: see 49_fast_priors', "On a GPU: 'graphs' runs the priors from recordings, 'compiled' lets torch.compile rewrite them first (minutes, once)")
     guidance_2d: float = setting(100., 'paper 3.2', 'Classifier-free guidance of the 2D prior', ge=0, le=1000)
     guidance_3d: float = setting(5., 'paper 3.2', 'Classifier-free guidance of the 3D prior', ge=0, le=1000)
     weighting: Literal['sds', 'uniform', 'fantasia3d', 'threestudio_unified'] = setting('sds', 'official code (nerf/utils.py, guidance/*.py); the paper says w(t)', 'w(t) of Eqs. 5 and 6')
@@ -153,7 +154,7 @@ class NovelSettings(Settings):
     fovy: span(5, 120) = setting((40., 40.), 'official code (nerf/provider.py)', 'Range of fields of view in degrees')
     uniform_sphere_rate: float = setting(.5, 'official code (nerf/provider.py)', 'How often to ignore the ranges and look from anywhere above', ge=0, le=1)
 
-# %% ../nbs/50_recipe.ipynb #ec9b524e
+# %% ../nbs/50_recipe.ipynb #25219389
 class NeRFSettings(Settings):
     "The coarse scene"
     levels: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Levels of the hash grid', ge=1, le=32)
@@ -176,16 +177,19 @@ class NeRFSettings(Settings):
 
 class DMTetSettings(Settings):
     "The fine scene"
-    resolution: int = setting(256, 'official code (nerf/renderer.py)', 'Cells along an edge of the tetrahedral lattice', ge=4, le=512)
+    resolution: int = setting(256, 'official code (nerf/renderer.py)', 'Layers of lattice vertices along the object\'s longest side', ge=4, le=512)
     density_threshold: float = setting(10., 'official code (nerf/renderer.py)', 'Highest density that the surface may start from', gt=0, le=1e4)
+    mean_threshold: bool = setting(True, 'official code (nerf/renderer.py)', 'The surface starts from the mean density where that is lower')
     margin: float = setting(.1, 'official code (nerf/renderer.py)', 'Room around the object', ge=0, le=1)
     samples: int = setting(128, 'official code (nerf/renderer.py): its occupancy grid', 'Points along an edge of the grid that looks for the object', ge=8, le=512)
+    carve: float | None = setting(None, 'paper and official code: not done', 'Cut the first surface to the visual hull of the photo\'s mask, and this many lattice cells outside it', ge=0, le=10)
 
 class ExportSettings(Settings):
     "What is written at the end"
     texture: int = setting(1024, 'ours: as fine as the renderings', 'Pixels along an edge of the texture', ge=64, le=8192)
     formats: tuple[Literal['glb', 'obj', 'ply', 'usdz'], ...] = setting(('glb',), 'ours: one file that opens everywhere', 'Files to write')
     max_faces: int = setting(50_000, 'official code (nerf/renderer.py): decimate_target', 'Faces to keep at most', ge=100, le=10_000_000)
+    smallest_piece: float = setting(.05, 'ours: crumbs in the air', 'Pieces with less than this share of the largest one\'s area go', ge=0, le=1)
     turntable_views: int = setting(100, 'official code (nerf/provider.py)', 'Frames of the film', ge=2, le=10_000)
     turntable_size: int = setting(800, 'official code (nerf/provider.py)', 'Height of its frames in pixels', ge=16, le=4096)
 
@@ -216,7 +220,7 @@ class LightSettings(Settings):
     albedo: float = setting(0., 'official code (main.py)', 'After that: how often there is no light but the paint', ge=0, le=1)
     ambient: span(0, 1) = setting((.1, 1.), 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Range of the share of light that comes from everywhere')
 
-# %% ../nbs/50_recipe.ipynb #e797fdc3
+# %% ../nbs/50_recipe.ipynb #fca9ffa7
 class Stage(Settings):
     "One run of the loop"
     steps: int = setting(5000, 'paper 3.2', 'Steps of the optimiser', ge=1, le=1_000_000)
@@ -225,6 +229,7 @@ class Stage(Settings):
     reference_warmup_steps: int = setting(0, 'paper Eq. 4', 'Steps at the start that look at the photo only', ge=0, le=1_000_000)
     reference_interval: int = setting(1, 'paper Eq. 4', 'Look at the photo every so many steps', ge=1, le=1_000_000)
     novel_with_reference: bool = setting(True, 'paper Eq. 4', 'Look at a novel view in the same step')
+    novel_views: int = setting(1, 'official code (main.py): one', 'Novel views a step; the work of several GPUs, if there are', ge=1, le=64)
     lr: Rates = Rates()
     lr_final: float = setting(1., 'official code (main.py): constant', 'Share of the rates left at the last step; falls exponentially', gt=0, le=1)
     beta1: float = setting(.9, 'official code (main.py)', "Adam's memory of gradients", ge=0, lt=1)
@@ -353,7 +358,7 @@ OFFICIAL = [
     Change('photo.shape', 'squash', 'official code (nerf/utils.py)'),
 ]
 
-# %% ../nbs/50_recipe.ipynb #a991bda6
+# %% ../nbs/50_recipe.ipynb #c975a492
 QUICK = [
     *[Change(f'priors.{p}', 'tiny', 'ours: embedded') for p in ('stable_diffusion', 'zero123')],
     Change('priors.guidance_2d', 10., 'a prototype on the toybox'),
@@ -366,7 +371,9 @@ QUICK = [
     Change('nerf.masked_fraction', .3, 'ours: few steps'),
     Change('nerf.samples', 128, 'a prototype on the toybox: 64 samples a ray are enough; here for twice the depth'),
     Change('nerf.occupancy', 64, 'ours: as fine as the coarse view'),
-    Change('dmtet.resolution', 80, 'ours: minutes'),
+    Change('dmtet.resolution', 112, 'ours: minutes'),
+    Change('dmtet.carve', 0., 'ours: the coarse view is too small for holes, and the fine stage cannot open them'),
+    Change('dmtet.mean_threshold', False, 'ours: after a short coarse stage the mean is mist'),
     Change('dmtet.samples', 64, 'ours: as fine as the coarse view'),
     Change('coarse.steps', 250, 'a prototype on the toybox: 250 to 500'),
     Change('coarse.resolution', 64, 'a prototype on the toybox: 48 to 64'),
@@ -380,6 +387,8 @@ QUICK = [
     Change('coarse.weights.entropy', 1e-2, 'a prototype on the toybox'),
     Change('coarse.entropy_ramp', .5, 'official code (main.py)'),
     Change('fine.steps', 120, 'ours: minutes'),
+    Change('export.max_faces', 80_000, 'ours: leaves and twigs'),
+    Change('export.smallest_piece', .003, 'ours: a leaf whose twig is thinner than a lattice cell is no crumb'),
     Change('export.turntable_views', 60, 'ours: minutes'),
     Change('export.turntable_size', 400, 'ours: minutes'),
     Change('fine.resolution', 512, 'paper 3.2: 8 times the coarse stage'),
@@ -389,8 +398,9 @@ QUICK = [
     Change('fine.t_range', (.02, .5), 'official code (main.py)'),
     Change('fine.weights.depth', 0., 'official code (main.py)'),
     Change('fine.weights.normal_smooth', 0., 'official code (main.py)'),
-    Change('fine.weights.mesh_normal', .1, 'official code (nerf/renderer.py)'),
-    Change('fine.weights.laplacian', .1, 'official code (nerf/renderer.py)'),
+    Change('fine.weights.mask', 2., 'ours: leaves and twigs'),
+    Change('fine.weights.mesh_normal', .05, 'ours: half of the official code\'s, for leaves and twigs'),
+    Change('fine.weights.laplacian', .05, 'ours: the same'),
     Change('coarse.lr.table', 3e-2, 'tuned on the toybox: few steps'),
     Change('coarse.lr.mlp', 5e-3, 'tuned on the toybox: few steps'),
     Change('fine.lr.table', 1e-2, 'official code (main.py)'),

@@ -29,14 +29,14 @@ def add_noise(
     a = alpha.view(-1, *[1]*(z.ndim - 1))
     return a.sqrt()*z + (1 - a).sqrt()*eps
 
-# %% ../nbs/40_sds.ipynb #d78cf6c9
+# %% ../nbs/40_sds.ipynb #40f38171
 def draw_noise(
     like: Tensor, # Shape, type and device of the noise
     generator: torch.Generator | None = None, # On the CPU, so that every device sees the same; None takes the global one
 ) -> Tensor: # Standard normal, like `like`
     "The noise to hide a latent in"
     device = 'cpu' if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like)
+    return torch.randn(like.shape, generator=generator, device=device).to(like, non_blocking=True)
 
 def draw_timesteps(
     n: int, # How many
@@ -73,7 +73,7 @@ def weight(
     if weighting not in WEIGHTINGS: raise ValueError(f'weighting {weighting!r} is none of {list(WEIGHTINGS)}')
     return WEIGHTINGS[weighting](alpha)
 
-# %% ../nbs/40_sds.ipynb #2a654dd9
+# %% ../nbs/40_sds.ipynb #582a7021
 def sds(
     z: Tensor, # The rendering as the denoiser sees it: (B, ...); gradients flow into it
     denoise: Callable, # `(z_t, t) -> eps_hat`, with condition and guidance already in it; `t` is (B,)
@@ -83,7 +83,7 @@ def sds(
     generator: torch.Generator | None = None, # All chance comes from here
 ) -> Tensor: # A scalar; only its gradient means anything
     "Eq. 5: move `z` to where the denoiser finds nothing to correct"
-    t = draw_timesteps(len(z), len(alphas_cumprod), t_range, generator).to(z.device)
+    t = draw_timesteps(len(z), len(alphas_cumprod), t_range, generator).to(z.device, non_blocking=True)
     alpha = alphas_cumprod.to(z.device)[t]
     clean = z.detach().float()
     eps = draw_noise(clean, generator)

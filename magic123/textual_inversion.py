@@ -19,10 +19,18 @@ from .sds import add_noise, draw_noise, draw_timesteps
 from magic123.stable_diffusion import (Condition, LatentDiffusion, StableDiffusionPrior, Words, fit_picture, install_token,
     scale_gradient)
 
-# %% ../nbs/42_textual_inversion.ipynb #f0aa4e17
+# %% ../nbs/42_textual_inversion.ipynb #d1fea792
+def _words_of(found, name):
+    if 'string_to_param' in found:
+        params = found['string_to_param']
+        found = {found.get('name') or name: v for v in getattr(params, '_parameters', params).values()}
+    if 'emb_params' in found: found = {name: found['emb_params']}
+    rows = {str(token): v.detach().float() for token, v in found.items() if isinstance(v, Tensor)}
+    return {token if i == 0 else f'{token}_{i}': row for token, v in rows.items() for i, row in enumerate(v if v.ndim == 2 else [v])}
+
 def load_learned_embeds(
     path: str | Path, # learned_embeds.bin, .pt, or .safetensors
-) -> dict[str, Tensor]: # Token to vector (C,), float32
+) -> dict[str, Tensor]: # Token to vector (C,), float32; a word of several vectors as `<e>`, `<e>_1`, ...
     "Read learned words, running nothing"
     path = Path(path)
     if not path.is_file(): raise UserError(f'There is no file {path}', 'Give a learned_embeds file, or learn the word with `invert`')
@@ -30,17 +38,16 @@ def load_learned_embeds(
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             found = load_file(path)
-        else: found = torch.load(path, map_location='cpu', weights_only=True)
+        else:
+            with torch.serialization.safe_globals([torch.nn.ParameterDict]): found = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise UserError(f'{path} is no learned word: it holds more than tensors, or is damaged', 'Get it from where you trust it, as .safetensors') from e
-    if not isinstance(found, dict): found = {}
-    if 'string_to_param' in found: found = {found.get('name') or path.stem: v for v in found['string_to_param'].values()}
-    flat = {str(token): v.float().squeeze(0) for token, v in found.items() if isinstance(v, Tensor)}
-    if not flat: raise UserError(f'{path} holds no learned word', 'Give a file that maps a token to its vector')
-    for token, v in flat.items():
+    words = _words_of(found if isinstance(found, dict) else {}, path.stem)
+    if not words: raise UserError(f'{path} holds no learned word', 'Give a file that maps a token to its vector')
+    for token, v in words.items():
         if v.ndim != 1 or not v.isfinite().all():
-            raise UserError(f'{path}: {token} is not one finite vector but has shape {tuple(v.shape)}', 'Words of several vectors are not supported')
-    return flat
+            raise UserError(f'{path}: {token} is not one finite vector but has shape {tuple(v.shape)}', 'Give a file that maps a token to its vector, or to several in a row')
+    return words
 
 def save_learned_embeds(
     path: str | Path, # Where to: `.safetensors`

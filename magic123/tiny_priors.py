@@ -9,11 +9,11 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'build_models', 'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses',
            'relative_poses', 'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'captured', 'Job', 'fit',
            'worsen', 'to_net', 'to_bytes', 'surface_depth', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents',
-           'encode_world', 'caption_table', 'build_scheduler', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d',
-           'loss_2d', 'train_priors', 'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'standardise',
-           'depth_loss', 'train_depth', 'evaluate_depth', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid',
-           'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'train', 'measure', 'save_priors',
-           'model_card', 'load_priors', 'main']
+           'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps',
+           'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode',
+           'novel_views', 'text_to_image', 'standardise', 'depth_loss', 'train_depth', 'evaluate_depth', 'mean_psnr',
+           'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training',
+           'train', 'measure', 'save_priors', 'model_card', 'load_priors', 'main']
 
 # %% ../nbs/45_tiny_priors.ipynb #0f230d4e
 import json, math, re, time
@@ -145,10 +145,10 @@ def build_models(
     return dict(vae=build_vae(a), unet_2d=build_unet('2d', a), unet_3d=build_unet('3d', a), text_encoder=build_text_encoder(words, a),
         image_encoder=build_image_encoder(a), cc_projection=build_projection(a), depth=build_depth(a))
 
-# %% ../nbs/45_tiny_priors.ipynb #4042386d
+# %% ../nbs/45_tiny_priors.ipynb #4020ccfa
 @cache
 def _norm_kernels():
-    global triton, tl, _slope, _sums, _affine
+    global triton, tl, _slope, _sums, _tables, _affine
     import triton
     import triton.language as tl
 
@@ -180,6 +180,34 @@ def _norm_kernels():
         tl.store(out + ((n*splits + part)*2 + 1)*C + c, tl.sum(b, 0), c < C)
 
     @triton.jit
+    def _tables(parts, weight, bias, stats, one, two, three, four, count, eps, splits, C: tl.constexpr, size: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, slope: tl.constexpr):
+        n, g, G = tl.program_id(0), tl.program_id(1), C//size
+        c, r = tl.arange(0, width)[None, :], tl.arange(0, rows)[:, None]
+        a, b = tl.zeros([rows, width], tl.float32), tl.zeros([rows, width], tl.float32)
+        for first in range(0, splits, rows):
+            at, inside = (n*splits + first + r)*2*C + g*size + c, (first + r < splits) & (c < size)
+            a += tl.load(parts + at, inside, 0.)
+            b += tl.load(parts + at + C, inside, 0.)
+        c = tl.arange(0, width)
+        p, q, at, inside = tl.sum(a, 0), tl.sum(b, 0), n*C + g*size + c, c < size
+        w = tl.load(weight + g*size + c, inside, 0.).to(tl.float32)
+        if slope:
+            mean, rstd = tl.load(stats + (n*G + g)*2), tl.load(stats + (n*G + g)*2 + 1)
+            q = (q - mean*p)*rstd
+            B = -rstd*rstd*tl.sum(w*q, 0)/count
+            tl.store(one + at, tl.zeros([width], tl.float32) + B, inside)
+            tl.store(two + at, tl.zeros([width], tl.float32) - rstd*tl.sum(w*p, 0)/count - B*mean, inside)
+            tl.store(three + at, p, inside)
+            tl.store(four + at, q, inside)
+        else:
+            mean = tl.sum(p, 0)/count
+            rstd = 1/tl.sqrt(tl.maximum(tl.sum(q, 0)/count - mean*mean, 0.) + eps)
+            tl.store(stats + (n*G + g)*2, mean)
+            tl.store(stats + (n*G + g)*2 + 1, rstd)
+            tl.store(one + at, rstd*w, inside)
+            tl.store(two + at, tl.load(bias + g*size + c, inside, 0.).to(tl.float32) - mean*rstd*w, inside)
+
+    @triton.jit
     def _affine(x, dy, scale, shift, B, D, out, pixels, C: tl.constexpr, CP: tl.constexpr, rows: tl.constexpr, act: tl.constexpr, slope: tl.constexpr):
         n = tl.program_id(0)
         c, r = tl.arange(0, CP)[None, :], tl.program_id(1)*rows + tl.arange(0, rows)[:, None]
@@ -195,7 +223,7 @@ def _norm_kernels():
             if act: y = y/(1 + tl.exp(-y))
         tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
-# %% ../nbs/45_tiny_priors.ipynb #e36b15d5
+# %% ../nbs/45_tiny_priors.ipynb #c6cdea26
 def _launch(x):
     _norm_kernels()
     n, C, h, w = x.shape
@@ -208,7 +236,14 @@ def _sums_of(x, dy, scale, shift, act, slope):
     n, pixels, C, CP, rows, splits = _launch(x)
     out = x.new_empty((n, splits, 2, C), dtype=torch.float32)
     _sums[n, splits](x, dy, scale, shift, out, pixels, C, CP, rows, splits, act, slope)
-    return out.sum(1).unbind(1)
+    return out
+
+def _tables_of(parts, weight, bias, stats, pixels, eps, slope):
+    n, splits, _, C = parts.shape
+    size = C//stats.shape[1]
+    out, width = parts.new_empty((4 if slope else 2, n, C)), triton.next_power_of_2(size)
+    _tables[n, stats.shape[1]](parts, weight, bias, stats, *(out if slope else (*out, *out)), pixels*size, eps, splits, C, size, width, max(1024//width, 1), slope)
+    return out
 
 def _affine_of(x, dy, scale, shift, B, D, act, slope):
     n, pixels, C, CP, rows, _ = _launch(x)
@@ -221,27 +256,19 @@ class GroupNormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, act):
         x = x.contiguous(memory_format=torch.channels_last)
-        n, C, h, w = x.shape
-        wide = lambda v: v[..., None].expand(n, groups, C//groups).reshape(n, C)
-        total, square = (v.view(n, groups, -1).sum(-1)/(h*w*C//groups) for v in _sums_of(x, x, x, x, act, False))
-        mean, rstd = wide(total), wide((square - total**2).clamp(min=0).add(eps).rsqrt())
-        scale = rstd*weight.float()
-        shift = bias.float() - mean*scale
-        ctx.save_for_backward(x, weight, mean, rstd, scale, shift)
-        ctx.groups, ctx.act, ctx.wide = groups, act, wide
+        stats = x.new_empty((len(x), groups, 2), dtype=torch.float32)
+        scale, shift = _tables_of(_sums_of(x, x, x, x, act, False), weight, bias, stats, x[0, 0].numel(), eps, False)
+        ctx.save_for_backward(x, weight, bias, stats, scale, shift)
+        ctx.act = act
         return _affine_of(x, x, scale, shift, scale, scale, act, False)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, mean, rstd, scale, shift = ctx.saved_tensors
-        n, C, h, w = x.shape
+        x, weight, bias, stats, scale, shift = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        p, q = _sums_of(x, dy, scale, shift, ctx.act, True)
-        q = (q - mean*p)*rstd
-        s1, s2 = (ctx.wide((weight.float()*v).view(n, ctx.groups, -1).sum(-1))/(h*w*C//ctx.groups) for v in (p, q))
-        B = -rstd**2*s2
-        dx = _affine_of(x, dy, scale, shift, B, -rstd*s1 - B*mean, ctx.act, True)
-        return dx, q.sum(0).to(weight.dtype), p.sum(0).to(weight.dtype), None, None, None
+        B, D, p, q = _tables_of(_sums_of(x, dy, scale, shift, ctx.act, True), weight, bias, stats, x[0, 0].numel(), 0., True)
+        dx, wanted = _affine_of(x, dy, scale, shift, B, D, ctx.act, True), ctx.needs_input_grad
+        return dx, q.sum(0).to(weight.dtype) if wanted[1] else None, p.sum(0).to(bias.dtype) if wanted[2] else None, None, None, None
 
 # %% ../nbs/45_tiny_priors.ipynb #4583ccc1
 def group_norm(
@@ -611,13 +638,38 @@ def normalise_latents(
     back.weight.copy_(back.weight.float()*s.view(1, -1, 1, 1))
     return m, s
 
-# %% ../nbs/45_tiny_priors.ipynb #440dc8d4
+# %% ../nbs/45_tiny_priors.ipynb #7f4f63f5
+@cache
+def _cosines(device):
+    k = torch.arange(8., device=device)
+    return torch.where(k > 0, .5, .125**.5)[:, None]*torch.cos(math.pi/8*k[:, None]*(k + .5))
+
+def photograph(
+    rgb: Tensor, # (B,S,S,3) in [0,1], S a multiple of 8
+    soft: float = .7, # Largest share of the blurred picture
+    noise: float = .02, # Largest standard deviation
+    coarse: float = .06, # Largest quantisation step of the mean, and twice as much for the finest detail
+) -> Tensor: # The same shape
+    "What a camera and a JPEG file leave of a render"
+    x = rgb.permute(0, 3, 1, 2)
+    amount = lambda top: top*torch.rand(len(x), 1, 1, 1, device=x.device)
+    blurred = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1)
+    x = torch.lerp(x, blurred, amount(soft)) + amount(noise)*torch.randn_like(x)
+    b, c, s, _ = x.shape
+    d, k = _cosines(x.device), torch.arange(8., device=x.device)
+    blocks = d @ x.view(b, c, s//8, 8, s//8, 8).transpose(3, 4) @ d.T
+    step = (amount(coarse) + 1e-4).view(b, 1, 1, 1, 1, 1)*(1 + (k[:, None] + k)/7)
+    blocks = d.T @ ((blocks/step).round()*step) @ d
+    return blocks.transpose(3, 4).reshape(b, c, s, s).permute(0, 2, 3, 1).clamp(0, 1)
+
+# %% ../nbs/45_tiny_priors.ipynb #16717c34
 @torch.no_grad()
 def encode_world(
     vae: nn.Module,
     world: World,
     size: int = 128,
     chunk: int = 512, # Pictures at a time
+    photographed: float = .5, # Share of the references
 ) -> tuple[Tensor, Tensor]: # Latents float16 (N,V,4,h,h), the reference pictures uint8 (N,R,S,S,3)
     "Every view of every object as the VAE's mode"
     n, v = world.views.shape[:2]
@@ -625,9 +677,11 @@ def encode_world(
     latents = torch.empty(n*v, 4, size//4, size//4, dtype=torch.float16, device=device)
     shots = torch.empty(n*world.references, size, size, 3, dtype=torch.uint8, device=device)
     for i in torch.arange(n*v, device=device).split(chunk):
-        rgb = to_bytes(world.render(i//v, i % v, size)['rgb'])
+        rgb, first = world.render(i//v, i % v, size)['rgb'], i % v < world.references
+        worse = first & (torch.rand(len(i), device=device) < photographed)
+        rgb[worse] = photograph(rgb[worse])
+        rgb = to_bytes(rgb)
         latents[i] = vae.encode(to_net(rgb, p.dtype)).latent_dist.mode().half()
-        first = i % v < world.references
         shots[(i//v*world.references + i % v)[first]] = rgb[first]
     return latents.view(n, v, *latents.shape[1:]), shots.view(n, world.references, size, size, 3)
 
@@ -648,13 +702,28 @@ def caption_table(
                 out[:len(found)] = found
     return torch.from_numpy(table)
 
-# %% ../nbs/45_tiny_priors.ipynb #6bb6cb51
+# %% ../nbs/45_tiny_priors.ipynb #d52bffbc
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type='epsilon')
 
 def build_scheduler(**more): # DDIMScheduler
     "Stable Diffusion's noise schedule"
     from diffusers import DDIMScheduler
     return DDIMScheduler(**SCHEDULE | more)
+
+def noise_weight(
+    abar: Tensor, # Share of signal at each timestep (T,)
+) -> Tensor: # (T,)
+    "How much an error in the noise counts: min-SNR-5 on one end, the picture's error on the other"
+    snr = abar/(1 - abar)
+    return (5/snr).clamp(max=1)*(1 + 1/snr).sqrt()
+
+def even_timesteps(
+    count: int,
+    abar: Tensor, # (T,)
+) -> Tensor: # Long (count,)
+    "One random timestep in each of `count` equal slices of the schedule"
+    u = (torch.arange(count, device=abar.device) + torch.rand(count, device=abar.device))/count
+    return (u*len(abar)).long().clamp(max=len(abar) - 1)
 
 def denoising_loss(
     unet: nn.Module,
@@ -663,15 +732,14 @@ def denoising_loss(
     abar: Tensor, # Share of signal at each timestep (T,)
     concat: Tensor | None = None, # The reference's latent (B,4,h,h)
 ) -> Tensor:
-    "Squared error of the named noise, weighted by min-SNR-5"
-    t = torch.randint(len(abar), (len(z),), device=z.device)
+    "Squared error of the named noise, weighted by what it does to the picture"
+    t = even_timesteps(len(z), abar)
     a = abar[t].view(-1, 1, 1, 1)
     noise = torch.randn_like(z)
     seen = a.sqrt()*z + (1 - a).sqrt()*noise
     if concat is not None: seen = torch.cat([seen, concat], 1)
     told = unet(seen.to(tokens.dtype), t, tokens).sample.float()
-    snr = abar[t]/(1 - abar[t])
-    return ((told - noise).square().mean((1, 2, 3))*snr.clamp(max=5)/snr).mean()
+    return ((told - noise).square().mean((1, 2, 3))*noise_weight(abar)[t]).mean()
 
 @cache
 def _clip_statistics(device, dtype): # made once: a CUDA graph must not copy from the host
@@ -751,7 +819,7 @@ def train_priors(
     jobs = [Job(k, trainees[k], lambda f=pick[k][1]: f(models, data, batch, abar), pick[k][2], batch) for k in kinds]
     return trainees, fit(jobs, seconds, device, **more)
 
-# %% ../nbs/45_tiny_priors.ipynb #78a959e2
+# %% ../nbs/45_tiny_priors.ipynb #fd37a147
 @torch.no_grad()
 def ddim_sample(
     unet: nn.Module,
@@ -768,11 +836,16 @@ def ddim_sample(
     scheduler.set_timesteps(steps)
     both, z = torch.cat([empty, tokens]), noise.float()
     beside = None if concat is None else torch.cat([torch.zeros_like(concat), concat])
-    for t in scheduler.timesteps:
+
+    def step(z, t):
         x = torch.cat([z, z])
         if beside is not None: x = torch.cat([x, beside.to(x.dtype)], 1)
         u, c = unet(x.to(both.dtype), t.to(x.device), both).sample.float().chunk(2)
-        z = scheduler.step(classifier_free_guidance(u, c, guidance), t, z).prev_sample
+        return scheduler.step(classifier_free_guidance(u, c, guidance), t, z)
+
+    a = scheduler.alphas_cumprod[scheduler.timesteps[0]].item()
+    z = a**.5*step(z, scheduler.timesteps[0]).pred_original_sample + (1 - a)**.5*z
+    for t in scheduler.timesteps: z = step(z, t).prev_sample
     return z
 
 @torch.no_grad()
@@ -957,7 +1030,7 @@ def load_weights(
         own = {n[len(name)+1:]: w for n, w in weights.items() if n.startswith(f'{name}.')}
         if own: net.load_state_dict(own)
 
-# %% ../nbs/45_tiny_priors.ipynb #223a14c8
+# %% ../nbs/45_tiny_priors.ipynb #f6260a3e
 @dataclass
 class Training:
     "A run of the trainer"
@@ -1011,7 +1084,8 @@ def train(t: Training) -> dict: # The state, as written to state.json
     state['architecture'], ids = asdict(a), word_ids(words)
     common, seen = [*SPLITS['common']], [*SPLITS['common'], *SPLITS['uncommon']]
     count = t.objects if 'priors' in parts else min(t.objects, 8000)
-    world = make_world(seen, count, views=t.views, references=t.references, workers=t.workers)
+    before = len(state.get('priors', [])) # each run has objects of its own
+    world = make_world(seen, count, 1000 + t.objects*before % 450_000, t.views, t.references, t.workers)
     tests = {k: make_world(SPLITS[k], t.validation, VALIDATION_SEED, 1, 1, t.workers, jitter=0.) for k in ('common', 'uncommon')}
     log('world', objects=count, families=len(seen))
 

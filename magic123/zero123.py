@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'POSES', 'ZERO123_PARTS', 'clip_pixels', 'stable_pose', 'angle_between', 'load_projection',
-           'tiny_random', 'Zero123Prior']
+           'tiny_random', 'OneToken', 'tell_one_token', 'Zero123Prior']
 
-# %% ../nbs/43_zero123.ipynb #e616949e
+# %% ../nbs/43_zero123.ipynb #4ee72019
 import json, math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from .show import UserError, default_device
 from .cameras import Camera, relative_pose
-from magic123.stable_diffusion import (Condition, LatentDiffusion, LatentPrior, find_folder, find_part, fit_picture, load_part, quiet,
-    tiny_unet, tiny_vae)
+from .stable_diffusion import (Condition, LatentDiffusion, LatentPrior, find_folder, find_part, fit_picture, load_part, part_weights,
+    quiet, tiny_unet, tiny_vae)
 
 # %% ../nbs/43_zero123.ipynb #01b200fc
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711) # OpenAI's CLIP
@@ -52,7 +52,7 @@ def angle_between(
     u, v = a.origin.double(), b.origin.to(a.origin).double()
     return math.degrees(math.atan2(u.cross(v, dim=0).norm(), u.dot(v)))
 
-# %% ../nbs/43_zero123.ipynb #76ae5b7c
+# %% ../nbs/43_zero123.ipynb #3f618192
 ZERO123_PARTS = {'unet': True, 'vae': True, 'image_encoder': True, 'cc_projection|clip_camera_projection': True, 'scheduler': False}
 
 def load_projection(
@@ -65,7 +65,7 @@ def load_projection(
     "The layer that mixes thought and pose, under any of its published names"
     from safetensors.torch import load_file
     part = find_part(folder, 'cc_projection', 'clip_camera_projection')
-    file = sorted(part.glob('*.safetensors'))[0]
+    file, _ = part_weights(part)
     try: found = {name.split('.')[-1]: tensor for name, tensor in load_file(file).items()}
     except Exception as e: raise UserError(f'{file} could not be read: {type(e).__name__}', 'Fetch it again') from e
     wanted = dict(weight=(out_features, in_features), bias=(out_features,))
@@ -102,7 +102,24 @@ def tiny_random(
     save_file(layer.state_dict(), home/'cc_projection'/'diffusion_pytorch_model.safetensors')
     return home
 
-# %% ../nbs/43_zero123.ipynb #ecb91fe6
+# %% ../nbs/43_zero123.ipynb #f38de9ed
+class OneToken:
+    "An attention processor for diffusers: what attention comes to if there is one token"
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs) -> Tensor: # (B,N,C)
+        b, tokens, _ = encoder_hidden_states.shape
+        if tokens != 1: raise ValueError(f'{tokens} tokens for a UNet that was made to read one')
+        return attn.to_out[0](attn.to_v(encoder_hidden_states)).expand(b, hidden_states.shape[1], -1)
+
+def tell_one_token(
+    unet: torch.nn.Module, # diffusers' UNet2DConditionModel, changed in place
+) -> torch.nn.Module:
+    "Drop from cross-attention what a single token makes no use of"
+    unet.set_attn_processor({name: OneToken() if '.attn2.' in name else each for name, each in unet.attn_processors.items()})
+    for m in unet.modules():
+        if hasattr(m, 'attn2'): m.norm2 = torch.nn.Identity()
+    return unet
+
+# %% ../nbs/43_zero123.ipynb #c2bce6e0
 @dataclass
 class Zero123Prior(LatentPrior):
     "The 3D prior of Eq. 6"
@@ -118,7 +135,7 @@ class Zero123Prior(LatentPrior):
 
     @classmethod
     def load(cls,
-        source: str | Path, # A folder, or a name on the hub
+        source: str | Path, # A folder, a name on the hub, or a checkpoint in one file
         reference, # The photo: anything with `rgb` (H,W,3) on white and its `camera`, such as a `Reference`
         guidance_scale: float = 5., # Paper 3.2; the tiny prior likes 3
         device: torch.device | str | None = None, # `default_device()` if None
@@ -127,7 +144,7 @@ class Zero123Prior(LatentPrior):
         weighting: str = 'sds', # w(t), one of `magic123.sds.WEIGHTINGS`
         pose: str = 'auto', # One of `POSES`; 'auto' goes by the folder's name
     ) -> 'Zero123Prior':
-        "From a folder in diffusers layout, or a name on the hub"
+        "From a folder, a name on the hub, or a checkpoint in one file"
         folder = find_folder(source, ZERO123_PARTS)
         device = torch.device(device or default_device())
         diffusion = LatentDiffusion.load(folder, device, dtype)
@@ -139,6 +156,7 @@ class Zero123Prior(LatentPrior):
         width = json.loads((find_part(folder, 'image_encoder')/'config.json').read_text()).get('projection_dim', 512)
         projection = load_projection(folder, width + 4, diffusion.unet.config.cross_attention_dim, device, dtype)
         unseen = torch.empty(0)
+        tell_one_token(diffusion.unet)
         prior = cls(diffusion, reference.camera, unseen, unseen, projection, guidance_scale, weighting, angle_scaling, POSES[pose], folder)
         return prior.with_reference(reference)
 
@@ -153,11 +171,11 @@ class Zero123Prior(LatentPrior):
         rgb = fit_picture(reference.rgb.to(model.device), model.image_size)[0].movedim(0, -1)
         pixels = clip_pixels(rgb, encoder.config.image_size, colours.get('image_mean', CLIP_MEAN), colours.get('image_std', CLIP_STD))
         thought = encoder(pixels.to(model.dtype)).image_embeds
-        return replace(self, reference=reference.camera, thought=thought, photo=model.posterior(rgb).mode())
+        return replace(self, reference=reference.camera.to('cpu'), thought=thought, photo=model.posterior(rgb)[0])
 
     def conditions(self, camera: Camera) -> tuple[Condition, Condition]: # Without and with photo and pose
         "The photo, and how far `camera` is from where it was taken"
-        pose = self.pose(self.reference, camera).to(self.thought)[None]
+        pose = self.pose(self.reference, camera).to(self.thought, non_blocking=True)[None]
         token = self.projection(torch.cat([self.thought, pose], 1))[:, None]
         return Condition(torch.zeros_like(token), torch.zeros_like(self.photo)), Condition(token, self.photo)
 

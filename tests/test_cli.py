@@ -195,7 +195,7 @@ def test_help(shell):
 
 def test_doctor(shell):
     code, said = shell('doctor')
-    assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'tiny 2D prior', 'full 3D prior', 'hf download'))
+    assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'tiny 2D prior', 'full 3D prior', 'magic123 weights fetch'))
 
 def test_python_m():
     done = subprocess.run([sys.executable, '-m', 'magic123.cli', '--help'], capture_output=True, text=True)

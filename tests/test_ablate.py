@@ -1,0 +1,208 @@
+"A batch of experiments: whatever happens to its runs, its workers or its user, the table is right"
+import json, os, signal, stat, subprocess, sys, time
+from pathlib import Path
+import nbformat
+import numpy as np
+import pandas
+import psutil
+import pytest
+import yaml
+from conftest import MINIATURE, WITHOUT_PRIORS
+from magic123.cli import main
+from magic123.experiment import expand, run_grid
+
+TAKES = '''number: float = 1. # to be doubled
+does: str = 'double' # or: fail, die, meet, wait
+out: str = ''
+'''
+DOES = '''import os, signal, time
+from pathlib import Path
+from magic123.experiment import report
+home = Path(out).parent
+(Path(out)/'kernel').write_text(str(os.getpid()))
+
+def until(true):
+    for _ in range(1200):
+        if true(): return
+        time.sleep(.05)
+    raise TimeoutError
+
+if does == 'fail' and (home/'broken').exists(): raise ValueError('a part is broken')
+if does == 'die' and not (home/'died').exists():
+    (home/'died').write_text('')
+    os.kill(os.getpid(), signal.SIGKILL)
+if does == 'meet': until(lambda: len(list(home.glob('*/kernel'))) >= 2)
+if does == 'wait': until(lambda: (home/'go').exists())
+report(out, dict(doubled=2*number, inner=dict(gpu=os.environ.get('CUDA_VISIBLE_DEVICES', ''))))'''
+
+@pytest.fixture(scope='module')
+def machine(tmp_path_factory):
+    "A notebook that doubles numbers, and can be told to get into trouble"
+    cells = [nbformat.v4.new_code_cell(TAKES, metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(DOES)]
+    path = tmp_path_factory.mktemp('machine')/'machine.ipynb'
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3'))), path)
+    return path
+
+@pytest.fixture
+def grid(machine, tmp_path):
+    def make(**what):
+        path = tmp_path/'grid.yaml'
+        path.write_text(yaml.safe_dump(dict(notebook=str(machine)) | what))
+        return path
+    return make
+
+@pytest.fixture
+def shell(capsys):
+    def run(*argv):
+        code = main(['ablate', *map(str, argv)])
+        said = ''.join(capsys.readouterr())
+        assert 'Traceback' not in said
+        return code, said
+    return run
+
+def start(*argv): # in a group of its own, as a terminal would
+    return subprocess.Popen([sys.executable, '-m', 'magic123.cli', 'ablate', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+def until(true, process, seconds=120):
+    ends = time.time() + seconds
+    while not true():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < ends, 'it takes too long'
+        time.sleep(.02)
+
+def record(folder): return json.loads((folder/'run.json').read_text())
+def gone(pid): return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+# what is asked for
+
+@pytest.mark.parametrize('words, what', {
+    'there is no parameter numbr: did you mean number?': dict(vary={'numbr': [1]}),
+    "number is 'one'; it must be float": dict(vary={'number': [1, 'one']}),
+    'takes no settings of a recipe': dict(settings={'coarse.steps': 3}),
+    'there is no parameter seed': dict(seeds=[1]),
+    'there is no setting seds: did you mean seeds?': dict(seds=[1]),
+    'There is no experiment': dict(notebook='71_perpetual_motion'),
+    'there is no setting coarse.stps: did you mean coarse.steps?': dict(notebook='70_reconstruct', vary={'coarse.stps': [3]}),
+    'coarse.steps is 0; it must be at least 1': dict(notebook='reconstruct', recipes={'none': {'coarse.steps': 0}}),
+    "There is no recipe called 'fast'": dict(notebook='reconstruct', recipes=['fast']),
+    'No picture matches': dict(notebook='reconstruct', objects=['nowhere/*.png'])}.items())
+def test_mistyped(words, what, grid, shell, tmp_path):
+    code, said = shell(grid(**what), '--out', tmp_path/'out')
+    assert code == 2 and words in said and not (tmp_path/'out').exists()
+
+def test_bad_places(grid, shell, tmp_path, monkeypatch):
+    import dask, distributed # whose settings these are
+    argv = grid(vary={'number': [1]}), '--out', tmp_path/'out', '--cluster'
+    (tmp_path/'bad.yaml').write_text('{cores: 1, memory: 1GB, colour: red}')
+    monkeypatch.setenv('PATH', '')
+    with dask.config.set({'distributed.comm.timeouts.connect': '500ms'}):
+        for where, words in {'moon': "There is no cluster 'moon'", 'gpus': 'no GPU here', f'slurm:{tmp_path}/none.yaml': 'Could not read', '127.0.0.1:9': 'No Dask scheduler answers'}.items():
+            code, said = shell(*argv, where)
+            assert code == 2 and words in said, said
+    monkeypatch.setitem(sys.modules, 'dask_jobqueue', None)
+    assert 'pip install dask-jobqueue' in shell(*argv, f'slurm:{tmp_path}/bad.yaml')[1]
+
+def test_python_and_yaml_agree(grid, tmp_path):
+    (tmp_path/'grid.py').write_text(f'lots = [1., 1e-3]\ngrid = dict(notebook={str(yaml.safe_load(grid().read_text())["notebook"])!r}, vary=dict(number=lots))')
+    path = grid()
+    path.write_text(path.read_text() + 'vary: {number: [1., 1e-3]}')
+    names = [[r.folder.name for r in expand(p, tmp_path)] for p in (path, tmp_path/'grid.py')]
+    assert names[0] == names[1] and len(set(names[0])) == 2
+
+# what becomes of it
+
+def test_failures_deaths_and_cache(grid, shell, tmp_path):
+    out = tmp_path/'out'
+    out.mkdir()
+    (out/'broken').write_text('')
+    argv = grid(vary=dict(does=['double', 'fail', 'die'], number=[3])), '--out', out, '--workers', 2
+    table = lambda: pandas.read_parquet(out/'table.parquet').set_index('does')
+    code, said = shell(*argv)
+    assert code == 2 and '1 of 3 runs failed' in said and 'ValueError: a part is broken' in said and '--retry' in said, said
+    assert 'Dashboard: http' in said and '2 of 3 runs done, 0 running, 1 failed' in said
+    assert table().status.to_dict() == dict(double='finished', fail='failed', die='finished') and table().attempts.to_dict() == dict(double=1, fail=1, die=2)
+    assert table().doubled['double'] == 6 and np.isnan(table().doubled['fail']) and 'broken' in table().error['fail']
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob('*/run.ipynb')}
+    code, said = shell(*argv)
+    assert code == 2 and 'Dashboard' not in said and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    (out/'broken').unlink()
+    code, said = shell(*argv, '--retry')
+    assert code == 0 and set(table().status) == {'finished'} and table().attempts.to_dict() == dict(double=1, fail=2, die=2)
+    assert sum(p.stat().st_mtime_ns == t for p, t in stamps.items()) == 2
+    csv = pandas.read_csv(out/'table.csv')
+    assert list(csv.doubled) == [6, 6, 6] and list(csv.columns) == list(table().reset_index().columns)
+
+def test_ctrl_c_keeps_what_is_done(grid, shell, tmp_path):
+    out = tmp_path/'out'
+    out.mkdir()
+    argv = grid(vary=dict(does=['double', 'wait'], number=[1, 2])), '--out', out
+    process = start(*argv)
+    until(lambda: len(list(out.glob('does=wait*/kernel'))) == 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and 'Stopped: 2 of 4 runs are done' in said and 'Traceback' not in said, said
+    assert list(pandas.read_csv(out/'table.csv').status).count('finished') == 2
+    pids = [int(p.read_text()) for p in out.glob('*/kernel')]
+    ends = time.time() + 10
+    while not all(map(gone, pids)) and time.time() < ends: time.sleep(.1)
+    assert all(map(gone, pids))
+    (out/'go').write_text('')
+    code, said = shell(*argv)
+    table = pandas.read_csv(out/'table.csv')
+    assert code == 0 and list(table.doubled) == [2, 4, 2, 4] and list(table.attempts)[:2] == [1, 1] and sum(table.attempts) == 5
+
+def test_worker_killed_in_the_middle(tmp_path):
+    from test_cli import disc
+    disc().save(tmp_path/'disc.png')
+    recipe = MINIATURE | dict(photo=dict(depth='none'))
+    (tmp_path/'miniature.json').write_text(json.dumps(recipe))
+    what = dict(notebook='reconstruct', objects=[str(tmp_path/'*.png')], seeds=[1, 2, 3], recipes=[str(tmp_path/'miniature.json')], settings=WITHOUT_PRIORS)
+    (tmp_path/'grid.yaml').write_text(yaml.safe_dump(what))
+    out = tmp_path/'out'
+    process = start(tmp_path/'grid.yaml', '--out', out, '--workers', 2)
+    log = lambda: next((p for p in out.glob('*/reconstruction/log.jsonl') if p.read_text().count('\n') >= 6), None)
+    until(log, process)
+    victim = log().parent.parent
+    os.kill(record(victim)['attempts'][-1]['pid'], signal.SIGKILL)
+    photo = (victim/'reconstruction'/'reference'/'rgb.png').stat().st_mtime_ns
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    table = pandas.read_parquet(out/'table.parquet')
+    attempts = {Path(f).name: n for f, n in zip(table.folder, table.attempts)}
+    assert set(table.status) == {'finished'} and list(table.seed) == [1, 2, 3] and table['reference.psnr'].notna().all()
+    assert attempts.pop(victim.name) == 2 and set(attempts.values()) == {1}
+    assert (victim/'reconstruction'/'reference'/'rgb.png').stat().st_mtime_ns == photo, 'it began again'
+    steps = [(l['stage'], l['step']) for l in map(json.loads, open(victim/'reconstruction'/'log.jsonl'))]
+    assert steps == [('coarse', i) for i in range(1, 25)] + [('fine', i) for i in range(1, 13)]
+    assert all((Path(f)/name).is_file() for f in table.folder for name in ('run.ipynb', 'metrics.json', 'preview.jpg', 'reconstruction/mesh.glb'))
+
+# where it runs
+
+def program(path, text):
+    path.write_text(f'#!/bin/sh\n{text}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+def test_a_worker_for_each_gpu(machine, tmp_path, monkeypatch):
+    program(tmp_path/'nvidia-smi', "echo '0, GPU-aa, 80000'; echo '1, GPU-bb, 80000'")
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    table = run_grid(dict(notebook=str(machine), parameters=dict(does='meet'), vary=dict(number=(1., 2.))), tmp_path/'out', 'gpus')
+    assert set(table.status) == {'finished'} and set(table['inner.gpu']) == {'GPU-aa', 'GPU-bb'}
+
+def test_somebody_elses_scheduler(machine, tmp_path):
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp', dashboard_address=None) as cluster:
+        table = run_grid(dict(notebook=str(machine), parameters=dict(does='meet'), vary=dict(number=(1., 2.))), tmp_path/'out', cluster.scheduler_address)
+    assert list(table.doubled) == [2, 4]
+
+def test_jobs_of_slurm(machine, tmp_path, monkeypatch):
+    "`sbatch` stands for a cluster with one node, which is this one"
+    pytest.importorskip('dask_jobqueue')
+    program(tmp_path/'sbatch', f'cp "$1" {tmp_path}/job.sh; setsid sh {tmp_path}/job.sh > {tmp_path}/job.log 2>&1 & echo Submitted batch job $!')
+    program(tmp_path/'scancel', 'kill -- -$1')
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    (tmp_path/'conf.yaml').write_text("{queue: gpu, cores: 2, memory: 2GB, interface: lo, job_extra_directives: ['--gres=gpu:1']}")
+    table = run_grid(dict(notebook=str(machine), vary=dict(number=(1., 2.))), tmp_path/'out', f'slurm:{tmp_path}/conf.yaml')
+    assert list(table.doubled) == [2, 4], (tmp_path/'job.log').read_text()
+    job = (tmp_path/'job.sh').read_text()
+    assert all(w in job for w in ('#SBATCH -p gpu', '--cpus-per-task=2', '--gres=gpu:1', '--nthreads 1', 'OMP_NUM_THREADS=2'))

@@ -1,0 +1,68 @@
+"Two processes that share the views of a step make what one process makes of them"
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+ENV = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+TOY = 'toybox:mug:900003'
+
+def start(n, *argv):
+    several = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m'] if n > 1 else []
+    argv = [sys.executable, '-W', 'ignore', '-m', *several, 'magic123.cli', *map(str, argv)]
+    return subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+def finish(process, code=0):
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == code, said
+    return said
+
+def log(folder): return [json.loads(line) for line in open(folder/'log.jsonl')] if (folder/'log.jsonl').is_file() else []
+def ends(folder): return {stage: load_file(sorted((folder/stage).glob('*.safetensors'))[-1]) for stage in ('coarse', 'fine')}
+
+@pytest.fixture(scope='module')
+def recipe(recipe_file, tmp_path_factory):
+    "The miniature with two novel views a step, and the photo in every other"
+    path, content = tmp_path_factory.mktemp('recipe')/'two.json', json.loads(Path(recipe_file).read_text())
+    content['coarse'] |= dict(novel_views=2, reference_interval=2, novel_with_reference=False)
+    content['fine'] |= dict(novel_views=2)
+    path.write_text(json.dumps(content))
+    return path
+
+@pytest.fixture(scope='module')
+def one(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('one')/'run'
+    finish(start(1, 'run', TOY, '--recipe', recipe, '--out', folder))
+    return folder
+
+def same(one, two):
+    "The same losses, step by step, and the same scene; a sum of two is the same in either order"
+    a, b = log(one), log(two)
+    assert [(l['stage'], l['step']) for l in a] == [(l['stage'], l['step']) for l in b]
+    for x, y in zip(a, b): assert_close({k: v for k, v in x.items() if k not in ('stage', 'ms')}, {k: v for k, v in y.items() if k not in ('stage', 'ms')}, rtol=1e-4, atol=1e-7)
+    assert_close(ends(one), ends(two), rtol=1e-4, atol=1e-5)
+
+def test_two_processes_make_what_one_makes(one, recipe, tmp_path):
+    "Asked for one view a step, they take one each"
+    said = finish(start(2, 'run', TOY, '--recipe', recipe, '--out', tmp_path/'run', '--coarse.novel-views', 1, '--fine.novel-views', 1))
+    same(one, tmp_path/'run')
+    assert said.count('2 processes: 2 novel views a step') == said.count('Mesh: ') == 1
+    for name in ('recipe.json', 'mesh.glb', 'contact_sheet.png', 'turntable.mp4'): assert (tmp_path/'run'/name).is_file()
+    recipes = [json.loads((folder/'recipe.json').read_text())['recipe'] for folder in (one, tmp_path/'run')]
+    assert recipes[0] == recipes[1]
+
+def test_killed_with_two_and_continued_with_one(one, recipe, tmp_path):
+    folder, total = tmp_path/'run', len(log(one))
+    process = start(2, 'run', TOY, '--recipe', recipe, '--out', folder)
+    moment = random.Random(time.time_ns()).randrange(1, total)
+    while len(log(folder)) < moment and process.poll() is None: time.sleep(.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder/'metrics.json').exists()
+    finish(start(1, 'resume', folder))
+    same(one, folder)
+
+def test_mistakes_are_told_once(tmp_path, recipe):
+    said = finish(start(2, 'run', tmp_path/'none.png', '--recipe', recipe, '--out', tmp_path/'run'), 1)
+    assert said.count('There is no file') == 1 and not (tmp_path/'run').exists()

@@ -1,0 +1,221 @@
+"Weights from where they are published to where they are used: a hub on this machine, checkpoints of every kind, and little memory"
+import json, os, subprocess, sys, threading
+from functools import partial
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+import pytest
+import torch
+from conftest import MINIATURE, WITHOUT_PRIORS
+from magic123 import stable_diffusion, weights, zero123
+from magic123.cameras import Camera
+from magic123.cli import main
+from magic123.show import UserError
+
+REAL_EMBEDS = sorted(Path(__file__).parents[2].glob('shared/data/*/*/learned_embeds.bin'))
+
+# a hub of our own
+
+class Hub(BaseHTTPRequestHandler):
+    "What huggingface_hub asks for, from folders `root/owner/name`; `broken` files end in the middle, once"
+    def __init__(self, root, asked, broken, *args): self.root, self.asked, self.broken = root, asked, broken; super().__init__(*args)
+    def log_message(self, *_): pass
+
+    def answer(self, body=b'', status=200, **headers):
+        self.send_response(status)
+        for k, v in {'Content-Length': len(body), **{k.replace('_', '-'): v for k, v in headers.items()}}.items(): self.send_header(k, str(v))
+        self.end_headers()
+        if self.command == 'GET': self.wfile.write(body)
+
+    def do_HEAD(self): self.do_GET()
+    def do_GET(self):
+        path = self.path.partition('?')[0].strip('/').split('/')
+        if path[:2] == ['api', 'models']: return self.listing('/'.join(path[2:4]), *(path[4:] + ['revision', 'main'][len(path[4:]):])[:2])
+        repo, file = '/'.join(path[:2]), self.root.joinpath(*path[:2], *path[4:])
+        if not file.is_file(): return self.answer(status=404, X_Error_Code='EntryNotFound')
+        data, start = file.read_bytes(), int((self.headers.get('Range') or 'bytes=0-')[6:].partition('-')[0])
+        head = dict(ETag=f'"{sha256(data).hexdigest()}"', X_Repo_Commit=commit_of(repo, path[3]), Accept_Ranges='bytes')
+        if self.command == 'HEAD': return self.answer(**head, Content_Length=len(data))
+        self.asked.append((repo, '/'.join(path[4:]), start))
+        if file.name in self.broken:
+            self.broken.remove(file.name)
+            return self.answer(data[:len(data)//2], **head, Content_Length=len(data)) or self.connection.close()
+        self.answer(data[start:], 206 if start else 200, **head, **({'Content_Range': f'bytes {start}-{len(data) - 1}/{len(data)}'} if start else {}))
+
+    def listing(self, repo, what, revision):
+        home = self.root/repo
+        if not home.is_dir(): return self.answer(b'{"error": "Repository not found"}', 404, X_Error_Code='RepoNotFound')
+        files = sorted(f for f in home.rglob('*') if f.is_file())
+        name = lambda f: str(f.relative_to(home))
+        if what == 'tree': found = [dict(type='file', path=name(f), size=f.stat().st_size, oid='0'*40) for f in files]
+        else: found = dict(id=repo, modelId=repo, sha=commit_of(repo, revision), siblings=[dict(rfilename=name(f)) for f in files])
+        self.answer(json.dumps(found).encode(), Content_Type='application/json')
+
+def commit_of(repo, revision='main'): return revision if len(revision) == 40 else sha256(repo.encode()).hexdigest()[:40]
+
+def pickled(home):
+    from safetensors.torch import load_file
+    for f in list(home.rglob('*.safetensors')):
+        torch.save(load_file(f), f.with_name('diffusion_pytorch_model.bin' if 'diffusion' in f.name else 'pytorch_model.bin'))
+        f.unlink()
+    return home
+
+@pytest.fixture
+def hub(tmp_path):
+    "A server on this machine, and a way to run Python that knows no other hub"
+    asked, broken = [], []
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Hub, tmp_path/'hub', asked, broken))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if 'PROXY' not in k.upper()} | dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path/'hf'),
+        HF_HUB_DISABLE_XET='1', HF_HUB_OFFLINE='0', MAGIC123_WEIGHTS=str(tmp_path/'weights'), U2NET_HOME=str(tmp_path/'u2net'), TORCH_HOME=str(tmp_path/'torch'))
+    def run(*argv, **more): return subprocess.run([sys.executable, '-m', 'magic123.cli', *argv], env=env | more, capture_output=True, text=True, timeout=280)
+    yield SimpleNamespace(root=tmp_path/'hub', asked=asked, broken=broken, run=run, stop=lambda: (server.shutdown(), server.server_close()), env=env, tmp=tmp_path)
+    server.shutdown()
+
+def publish(hub, repo, make):
+    "Put a random miniature on the hub"
+    home = make(hub.tmp/repo.replace('/', '-'))
+    (hub.root/repo).parent.mkdir(parents=True, exist_ok=True)
+    home.rename(hub.root/repo)
+    if not (hub.root/repo/'vae').exists(): (home.parent/'vae').rename(hub.root/repo/'vae')
+    return hub.root/repo
+
+def test_fetch_verify_list(hub):
+    "Fetched once, broken off and gone on with, converted, locked, verified, used without a connection; a changed byte is found"
+    repo = pickled(publish(hub, 'kxic/zero123-105000', zero123.tiny_random))
+    encoder = repo/'image_encoder'/'pytorch_model.bin' # as large as it takes for something to have been kept when it breaks off
+    torch.save(torch.load(encoder) | {'vision_model.embeddings.position_ids': torch.zeros(4_000_000, dtype=torch.long)}, encoder)
+    hub.broken.append(encoder.name)
+    got = hub.run('weights', 'fetch', 'zero123-105000')
+    assert got.returncode == 0, got.stdout + got.stderr
+    again = [start for _, file, start in hub.asked if file == 'image_encoder/pytorch_model.bin']
+    assert len(again) == 2 and 0 < again[1] < encoder.stat().st_size
+    locked = json.loads((hub.tmp/'weights'/'weights.lock.json').read_text())['zero123-105000']
+    assert locked['commit'] == commit_of('kxic/zero123-105000') and locked['licence'] == 'MIT'
+    assert locked['files']['unet/diffusion_pytorch_model.bin']['sha256'] == sha256((repo/'unet'/'diffusion_pytorch_model.bin').read_bytes()).hexdigest()
+
+    hub.stop()
+    assert hub.run('weights', 'verify').returncode == 0
+    shown = hub.run('weights', 'list')
+    assert shown.returncode == 0 and all(name in shown.stdout for name in weights.SOURCES) and 'CreativeML OpenRAIL-M' in shown.stdout
+    from magic123.zero123 import ZERO123_PARTS
+    code = f'from magic123.stable_diffusion import find_folder; print(find_folder("kxic/zero123-105000", {ZERO123_PARTS!r}))'
+    found = subprocess.run([sys.executable, '-c', code], env=hub.env, capture_output=True, text=True).stdout.strip()
+    assert Path(found).name.startswith('zero123-105000-') and not list(Path(found).rglob('*.bin'))
+
+    blob = next((hub.tmp/'hf').rglob('snapshots/*/unet/*.bin')).resolve()
+    data = bytearray(blob.read_bytes())
+    data[len(data)//2] ^= 1
+    blob.chmod(0o644), blob.write_bytes(data)
+    bad = hub.run('weights', 'verify')
+    assert bad.returncode == 2 and 'diffusion_pytorch_model.bin has changed' in bad.stdout + bad.stderr
+
+def test_mirror_is_trusted_for_its_fingerprint_only(hub):
+    "The first place is gone; the mirror's files are not those that are known, so they are refused and removed"
+    publish(hub, 'genai-archive/stable-diffusion-v1-5', stable_diffusion.tiny_random)
+    got = hub.run('weights', 'fetch', 'stable-diffusion-1.5')
+    assert got.returncode == 2 and not (hub.tmp/'weights'/'weights.lock.json').exists()
+    assert any(repo == 'genai-archive/stable-diffusion-v1-5' for repo, _, _ in hub.asked)
+    assert 'is not the file that it should be' in got.stderr and list((hub.tmp/'hf').rglob('unet/config.json')) and not list((hub.tmp/'hf').rglob('text_encoder/*.safetensors'))
+
+def test_mirror_without_known_fingerprint(hub):
+    publish(hub, 'kxic/zero123-xl', zero123.tiny_random)
+    got = hub.run('weights', 'fetch', 'zero123-xl')
+    assert got.returncode == 0, got.stdout + got.stderr
+    assert json.loads((hub.tmp/'weights'/'weights.lock.json').read_text())['zero123-xl']['place'] == 'kxic/zero123-xl'
+
+def test_offline_says_what_to_do(hub):
+    hub.stop()
+    for more in ({}, dict(HF_HUB_OFFLINE='1')):
+        got = hub.run('weights', 'fetch', 'stable-diffusion-1.5', **more)
+        assert got.returncode == 2 and 'is not on this machine' in got.stderr and 'hf download stable-diffusion-v1-5/stable-diffusion-v1-5' in ' '.join(got.stderr.split()) and not any(word in got.stderr for word in ('Traceback', 'Retrying'))
+
+def test_depth_and_cutout_lie_where_they_are_looked_for(hub, monkeypatch):
+    "What `weights fetch` brings is what `preprocess` finds"
+    import importlib.util
+    home = hub.root/'Intel'/'dpt-beit-large-512'
+    home.mkdir(parents=True)
+    for name in weights.SOURCES['depth'].files: (home/name).write_text('{}')
+    assert hub.run('weights', 'fetch', 'depth').returncode == 0
+    code = 'from magic123.preprocess import local_depth_model; print(local_depth_model("dpt"))'
+    assert subprocess.run([sys.executable, '-c', code], env=hub.env, capture_output=True, text=True).stdout.strip() == 'Intel/dpt-beit-large-512'
+
+    monkeypatch.setenv('U2NET_HOME', str(hub.tmp/'u2net'))
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name in ('rembg', 'onnxruntime') or None)
+    from magic123.preprocess import local_rembg_model
+    assert local_rembg_model() is None and weights.on_disk('cutout') is None
+    weights.fetch_url((home/'config.json').as_uri(), hub.tmp/'u2net'/'isnet-general-use.onnx')
+    assert local_rembg_model() == 'isnet-general-use' and weights.on_disk('cutout') == hub.tmp/'u2net'
+    monkeypatch.setenv('MAGIC123_WEIGHTS', str(hub.tmp/'weights'))
+    with pytest.raises(UserError, match='is not the file that it should be'): weights.fetch('cutout')
+    assert (hub.tmp/'u2net'/'isnet-general-use.onnx').exists()
+
+# checkpoints in a recipe
+
+def test_a_run_from_checkpoints(tmp_path, monkeypatch):
+    "Both priors as single files, as they are published, through `magic123 run`"
+    monkeypatch.setenv('MAGIC123_WEIGHTS', str(tmp_path/'home'))
+    weights.tiny_checkpoint(tmp_path/'sd'/'v1-5-pruned-emaonly.safetensors', 'sd1')
+    weights.tiny_checkpoint(tmp_path/'stable_zero123.ckpt', 'zero123', average=1.)
+    recipe = MINIATURE | dict(priors=dict(stable_diffusion=str(tmp_path/'sd'/'v1-5-pruned-emaonly.safetensors'), zero123=str(tmp_path/'stable_zero123.ckpt')),
+        prompt=dict(text='a red mug'), coarse=MINIATURE['coarse'] | dict(steps=2), fine=MINIATURE['fine'] | dict(steps=1))
+    (tmp_path/'r.json').write_text(json.dumps(recipe))
+    assert main(['run', 'toybox:mug:900003', '--recipe', str(tmp_path/'r.json'), '--out', str(tmp_path/'out')]) == 0
+    said = json.loads((tmp_path/'out'/'recipe.json').read_text())
+    assert {'unet/diffusion_pytorch_model.safetensors', 'vae/diffusion_pytorch_model.safetensors'} <= said['weights']['2d'].keys() & said['weights']['3d'].keys()
+
+def test_trap_in_a_recipe(tmp_path, monkeypatch, capsys):
+    class Trap:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/sprung',)
+    monkeypatch.setenv('MAGIC123_WEIGHTS', str(tmp_path/'home'))
+    torch.save(dict(state_dict={}, callbacks=Trap()), tmp_path/'zero123.ckpt')
+    (tmp_path/'r.json').write_text(json.dumps(MINIATURE))
+    code = main(['run', 'toybox:mug:900003', '--recipe', str(tmp_path/'r.json'), '--priors.zero123', str(tmp_path/'zero123.ckpt'), '--coarse.weight-2d', '0', '--fine.weight-2d', '0', '--out', str(tmp_path/'out')])
+    assert code == 2 and 'system when it is opened' in ' '.join(capsys.readouterr().err.split())
+    assert not (tmp_path/'sprung').exists() and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('kind', ['fp16', 'fp16_ema'])
+def test_half_precision_variants(tmp_path, kind):
+    "Folders with `model.fp16.safetensors` only, as published, give what the whole ones give"
+    home = zero123.tiny_random(tmp_path)
+    reference = SimpleNamespace(rgb=torch.rand(32, 32, 3), camera=Camera.orbit())
+    wanted = zero123.Zero123Prior.load(home, reference, device='cpu')
+    for f in [*tmp_path.rglob('*.safetensors')]: f.rename(f.with_name(f.name.replace('.safetensors', f'.{kind}.safetensors')))
+    found = zero123.Zero123Prior.load(home, reference, device='cpu')
+    torch.testing.assert_close(found.diffusion.unet.state_dict(), wanted.diffusion.unet.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(found.thought, wanted.thought, rtol=0, atol=0)
+
+# memory
+
+MEMORY = '''
+import os, sys, threading, time, torch
+from magic123.weights import convert, read_tensors
+from diffusers import AutoencoderKL, UNet2DConditionModel; from diffusers.loaders import single_file_utils; from transformers import CLIPVisionModelWithProjection
+def anonymous(): return next(int(line.split()[1])/1024 for line in open('/proc/self/status') if line.startswith('RssAnon'))
+peak, on, start = [0], [True], anonymous()
+def watch():
+    while on[0]: peak[0] = max(peak[0], anonymous()); time.sleep(.002)
+thread = threading.Thread(target=watch); thread.start()
+convert(sys.argv[1], sys.argv[2])
+on[0] = False; thread.join()
+print(peak[0] - start)
+'''
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
+def test_conversion_needs_little_memory(tmp_path):
+    "A checkpoint with 4 GB of optimiser beside the weights (holes in the file, so it needs no disk) is converted in a fraction of its size"
+    state = {name: t for name, t in weights.old_names(weights.tiny_models('zero123'), 'zero123', average=1.).items() if name != 'alphas_cumprod'}
+    with torch.serialization.skip_data(): torch.save(dict(state_dict=state, optimizer_states=[torch.empty(2**30)]), tmp_path/'large.ckpt')
+    assert (tmp_path/'large.ckpt').stat().st_size > 4e9 and (tmp_path/'large.ckpt').stat().st_blocks*512 < 1e9
+    more = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path/'large.ckpt'), str(tmp_path/'out')], capture_output=True, text=True)
+    assert float(more.stdout.split()[-1]) < 300, more.stdout + more.stderr
+
+# learned words
+
+@pytest.mark.skipif(not REAL_EMBEDS, reason="the official repository's learned_embeds.bin are not here")
+def test_official_learned_words():
+    from magic123.textual_inversion import load_learned_embeds
+    for path in REAL_EMBEDS:
+        (token, vector), = load_learned_embeds(path).items()
+        assert vector.shape == (768,) and token.startswith('_')
