@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_is_done(grid, shell, tmp_path):
     process = start(*argv)
     until(lambda: len(list(out.glob('does=wait*/kernel'))) == 1, process)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=240)[0]
     assert process.returncode == 130 and 'Stopped: 2 of 4 runs are done' in said and 'Traceback' not in said, said
     assert list(pandas.read_csv(out/'table.csv').status).count('finished') == 2
     pids = [int(p.read_text()) for p in out.glob('*/kernel')]
