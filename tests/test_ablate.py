@@ -63,7 +63,7 @@ def shell(capsys):
 def start(*argv): # in a group of its own, as a terminal would
     return subprocess.Popen([sys.executable, '-m', 'magic123.cli', 'ablate', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
-def until(true, process, seconds=120):
+def until(true, process, seconds=300):
     ends = time.time() + seconds
     while not true():
         assert process.poll() is None, process.communicate()[0]
@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_is_done(grid, shell, tmp_path):
     process = start(*argv)
     until(lambda: len(list(out.glob('does=wait*/kernel'))) == 1, process)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=240)[0]
+    said = process.communicate(timeout=400)[0]
     assert process.returncode == 130 and 'Stopped: 2 of 4 runs are done' in said and 'Traceback' not in said, said
     assert list(pandas.read_csv(out/'table.csv').status).count('finished') == 2
     pids = [int(p.read_text()) for p in out.glob('*/kernel')]
@@ -165,7 +165,7 @@ def test_worker_killed_in_the_middle(tmp_path):
     victim = log().parent.parent
     os.kill(record(victim)['attempts'][-1]['pid'], signal.SIGKILL)
     photo = (victim/'reconstruction'/'reference'/'rgb.png').stat().st_mtime_ns
-    said = process.communicate(timeout=240)[0]
+    said = process.communicate(timeout=400)[0]
     assert process.returncode == 0, said
     table = pandas.read_parquet(out/'table.parquet')
     attempts = {Path(f).name: n for f, n in zip(table.folder, table.attempts)}
