@@ -139,7 +139,7 @@ def solid_zones(
     room = (slice(rim, -rim),)*3
     return ndimage.binary_erosion(closed, iterations=rim, border_value=1)[room], ~ndimage.binary_dilation(dense, iterations=rim)[room] & ~closed[room]
 
-# %% ../nbs/32_dmtet.ipynb #12aa661f
+# %% ../nbs/32_dmtet.ipynb #f41e8969
 @torch.no_grad()
 def signed_distance(
     vertices: Tensor, # (V,3)
@@ -155,10 +155,11 @@ def signed_distance(
     at, triangles = vertices.double().cpu().numpy(), points[faces].astype(float)
     centres = triangles.mean(1)
     width = band*np.linalg.norm(triangles - np.roll(triangles, 1, 1), axis=-1).max()
-    distance = cKDTree(centres[::1 + len(centres)//8000]).query(at, eps=.1)[0]
+    threads = torch.get_num_threads()
+    distance = cKDTree(centres[::1 + len(centres)//8000]).query(at, eps=.1, workers=threads)[0]
     tree = cKDTree(centres)
-    close = np.flatnonzero(np.isfinite(tree.query(at, distance_upper_bound=width)[0]))
-    to = tree.query(at[close], min(nearest, len(faces)))[1].reshape(len(close), -1)
+    close = np.flatnonzero(np.isfinite(tree.query(at, distance_upper_bound=width, workers=threads)[0]))
+    to = tree.query(at[close], min(nearest, len(faces)), workers=threads)[1].reshape(len(close), -1)
     touch = closest_point(triangles[to.ravel()], at[close].repeat(to.shape[1], 0)).reshape(*to.shape, 3)
     distance[close] = np.linalg.norm(touch - at[close, None], axis=-1).min(1)
     return torch.from_numpy(distance).to(vertices)*torch.where(level > 0, 1., -1.)

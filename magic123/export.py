@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SIDES', 'weld', 'face_components', 'is_watertight', 'signed_volume', 'clean_mesh', 'uv_atlas',
-           'texel_fragments', 'bake_texture', 'sample_texture', 'TexturedMesh', 'textured_mesh', 'mesh_report',
-           'save_glb', 'save_obj', 'save_ply', 'save_usdz', 'save_mesh', 'load_mesh', 'write_turntable',
+           'texel_fragments', 'bake_texture', 'sample_texture', 'TexturedMesh', 'textured_mesh', 'painted_mesh',
+           'mesh_report', 'save_glb', 'save_obj', 'save_ply', 'save_usdz', 'save_mesh', 'load_mesh', 'write_turntable',
            'contact_sheet']
 
 # %% ../nbs/52_export.ipynb #2934bc63
@@ -155,7 +155,7 @@ def sample_texture(
     image = texture.permute(2, 0, 1)[None].to(uv)/255
     return F.grid_sample(image, grid[None, None], align_corners=False, padding_mode='border')[0, :, 0].T
 
-# %% ../nbs/52_export.ipynb #79f99e55
+# %% ../nbs/52_export.ipynb #dbfc1af3
 @dataclass(eq=False)
 class TexturedMesh:
     "Triangles and a picture to paste on them"
@@ -165,6 +165,7 @@ class TexturedMesh:
     uv: Tensor | None = None # (V,2), v upwards
     texture: Tensor | None = None # (T,T,3) uint8, sRGB
     colours: Tensor | None = None # (V,3) in [0,1], sRGB: what a PLY has in place of a texture
+    paint: Callable | None = None # Colour of points, (N,3) -> (N,3): what a mesh has that was never unwrapped
 
     @cached_property
     def surface(self) -> tuple[Tensor, Tensor]: # (V1,3) and (F,3)
@@ -173,11 +174,15 @@ class TexturedMesh:
 
     def to(self, device) -> 'TexturedMesh':
         "The same, on `device`"
-        return TexturedMesh(*(None if o is None else o.to(device) for o in (self.vertices, self.faces, self.normals, self.uv, self.texture, self.colours)))
+        return TexturedMesh(*(None if o is None else o.to(device) for o in (self.vertices, self.faces, self.normals, self.uv, self.texture, self.colours)), self.paint)
 
     def _corners(self, seen, values): # attribute of the cut mesh at the covered pixels of the whole one
         at = self.faces[seen.ids.view(-1)[seen.pixels]]
         return (values[at]*seen.weights.T[..., None]).sum(1)
+
+    def _albedo(self, seen):
+        if self.paint is not None: return self.paint(self._corners(seen, self.vertices)).float().clamp(0, 1)
+        return self._corners(seen, self.colours) if self.texture is None else sample_texture(self.texture, self._corners(seen, self.uv))
 
     @torch.no_grad()
     def render(self,
@@ -191,13 +196,12 @@ class TexturedMesh:
         camera = camera.to(self.vertices.device)
         seen = rasterize(camera, *self.surface)
         normal = F.normalize(self._corners(seen, self.normals), dim=1)
-        albedo = self._corners(seen, self.colours) if self.texture is None else sample_texture(self.texture, self._corners(seen, self.uv))
-        rgb = shade(albedo, normal, shading.mode, shading.towards(camera), shading.ambient)
+        rgb = shade(self._albedo(seen), normal, shading.mode, shading.towards(camera), shading.ambient)
         values = torch.cat([rgb, torch.ones_like(rgb[:, :1]), seen.depth[:, None], normal], 1)
         rgb, alpha, depth, normal = antialias(seen, seen.image(values)).split([3, 1, 1, 3], -1)
         return View(composite(rgb, alpha, 1. if background is None else background), alpha, depth, normal)
 
-# %% ../nbs/52_export.ipynb #c9ccb525
+# %% ../nbs/52_export.ipynb #64ef9512
 def textured_mesh(
     vertices: Tensor, # (V,3)
     faces: Tensor, # (F,3), counter-clockwise from outside
@@ -213,6 +217,17 @@ def textured_mesh(
     origin, faces, uv = uv_atlas(vertices, faces, size)
     vertices = vertices[origin]
     return TexturedMesh(vertices, faces, normals[origin], uv, bake_texture(vertices, faces, uv, albedo, size))
+
+def painted_mesh(
+    vertices: Tensor, # (V,3)
+    faces: Tensor, # (F,3), counter-clockwise from outside
+    albedo: Callable, # Colour of points: (N,3) -> (N,3) in [0,1]
+    max_faces: int = 50_000, # Official code's number
+    min_share: float = .05, # Pieces with less than this share of the largest one's area go
+) -> TexturedMesh: # To be looked at and measured: it cannot be saved
+    "Clean a surface and leave the paint in the pot: what unwrapping takes is saved where no file is wanted"
+    vertices, faces = clean_mesh(vertices, faces, max_faces, min_share)
+    return TexturedMesh(vertices, faces, vertex_normals(vertices, faces), paint=albedo)
 
 # %% ../nbs/52_export.ipynb #bbf82cf6
 def mesh_report(

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPEEDS', 'PlainAttention', 'lean', 'Pair', 'Alike', 'share_beginning', 'warm_up', 'record', 'Recorded',
-           'RecordedBothWays', 'ThereAndBack', 'FastDiffusion', 'quicken', 'prior_speed']
+           'RecordedBothWays', 'ThereAndBack', 'forget_between', 'FastDiffusion', 'quicken', 'prior_speed']
 
-# %% ../nbs/49_fast_priors.ipynb #8db49e34
+# %% ../nbs/49_fast_priors.ipynb #491c718c
 import statistics, time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from .cameras import Camera
 from .joint_prior import JointPrior
 from .shading import View
@@ -81,7 +82,7 @@ def share_beginning(
         break
     return pair
 
-# %% ../nbs/49_fast_priors.ipynb #c47626a1
+# %% ../nbs/49_fast_priors.ipynb #30528a60
 def warm_up(
     work: Callable[[], None],
     device: torch.device,
@@ -108,12 +109,12 @@ def record(
 
 class Recorded:
     "A function of tensors, without gradients"
-    def __init__(self, f: Callable[..., Tensor], *args: Tensor):
+    def __init__(self, f: Callable[..., Tensor], *args: Tensor, pool=None): # `pool`: memory for what lies between, if others that never run at the same time may have it too
         self.args, device = [a.detach().clone() for a in args], args[0].device
         with torch.no_grad():
             self.out = f(*self.args).clone()
             warm_up(lambda: f(*self.args), device)
-            self.replay, _ = record(lambda: self.out.copy_(f(*self.args)), device)
+            self.replay, _ = record(lambda: self.out.copy_(f(*self.args)), device, pool)
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> Tensor:
@@ -162,21 +163,33 @@ class ThereAndBack(torch.autograd.Function):
         recorded.turn += 1
         return recorded.dx.clone(), None
 
-# %% ../nbs/49_fast_priors.ipynb #61693e8e
+# %% ../nbs/49_fast_priors.ipynb #a4cbb395
 SPEEDS = 'plain', 'graphs', 'compiled'
+
+@cache
+def _shared_pool(device): return torch.cuda.graph_pool_handle() if device.type == 'cuda' else None
+
+def forget_between(
+    vae: nn.Module, # diffusers' AutoencoderKL, changed in place
+) -> nn.Module:
+    "Let an encoder keep only what goes from block to block, and work out the rest again on the way back"
+    vae.enable_gradient_checkpointing(lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False))
+    return vae
 
 @dataclass
 class FastDiffusion(LatentDiffusion):
     "A `LatentDiffusion` that answers from recordings"
     pair: Pair | None = None # Of `share_beginning`
     record: bool = False
+    low_memory: bool = False # One memory for all that the UNets write down; they must be asked in turn
     recordings: dict = field(default_factory=dict)
 
     def _recorded(self, kind, f, *args):
         key = kind, self.pair and self.pair.on, *((a.shape, a.dtype) for a in args)
         if key not in self.recordings:
             was, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-            try: self.recordings[key] = kind(f, *args)
+            shared = dict(pool=_shared_pool(args[0].device)) if self.low_memory and kind is Recorded else {}
+            try: self.recordings[key] = kind(f, *args, **shared)
             finally: torch.backends.cudnn.benchmark = was
         return self.recordings[key]
 
@@ -205,10 +218,12 @@ def _triton_norms(device): return fused_norms_work(device)
 def quicken(
     prior: LatentPrior, # Its networks are changed in place
     speed: str = 'graphs', # One of `SPEEDS`; on a CPU the last two are the same
+    low_memory: bool = False, # Keep less, work out more; priors may then not be asked side by side
 ) -> LatentPrior: # The same, faster
     "A prior that gives the same answers sooner"
     if speed not in SPEEDS: raise UserError(f'There is no speed {speed!r}', f'Choose one of {", ".join(SPEEDS)}')
     model = prior.diffusion
+    if low_memory: forget_between(model.vae)
     if speed == 'plain' or isinstance(model, FastDiffusion): return prior
     nets, cuda = (model.unet, model.vae), model.device.type == 'cuda'
     fused = cuda and speed == 'graphs' and _triton_norms(model.device)
@@ -216,8 +231,9 @@ def quicken(
     if cuda and not fused and speed == 'graphs': model.vae.to(memory_format=torch.contiguous_format) # PyTorch's own norm is slow otherwise
     pair = share_beginning(model.unet) if model.unet.config.in_channels == 4 else None
     if cuda and speed == 'compiled':
-        for net in (model.unet, model.vae.encoder): net.compile(dynamic=False)
-    return replace(prior, diffusion=FastDiffusion(model.vae, model.unet, model.alphas_cumprod, model.prediction_type, pair, record=cuda))
+        eye = model.vae.encoder
+        for net in (model.unet, *((*eye.down_blocks, eye.mid_block) if low_memory else (eye,))): net.compile(dynamic=False)
+    return replace(prior, diffusion=FastDiffusion(model.vae, model.unet, model.alphas_cumprod, model.prediction_type, pair, record=cuda, low_memory=low_memory))
 
 # %% ../nbs/49_fast_priors.ipynb #a8d3193d
 def _median_ms(work, device, repeats):

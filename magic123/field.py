@@ -37,7 +37,7 @@ def blob(
     "A Gaussian at the origin"
     return density*torch.exp(-x.square().sum(-1)/(2*radius**2))
 
-# %% ../nbs/21_field.ipynb #9894f98d
+# %% ../nbs/21_field.ipynb #15ec5973
 def _recall(field, _): field.active_levels = int(field._active)
 
 class Field(nn.Module):
@@ -103,10 +103,23 @@ class Field(nn.Module):
         eps: float | None = None, # Half the distance between the two ends of a difference; `normal_eps` if None
     ) -> Tensor: # (N,3), unit length; 0 where the density is level
         "Where the density falls, by central differences (official code)"
-        eps = eps or self.normal_eps
-        step = eps*torch.cat([torch.eye(3), -torch.eye(3)]).to(x)
-        density = self.density((x[:, None] + step).clamp(-1, 1).view(-1, 3)).view(-1, 2, 3)
-        return F.normalize(density[:, 1] - density[:, 0], dim=-1, eps=1e-10)
+        return self._fall(self.density(self._ends(x, eps or self.normal_eps)))
+
+    def _ends(self, x, eps):
+        step = eps*torch.eye(3, device=x.device, dtype=x.dtype)
+        return (x[:, None] + torch.cat([step, -step])).clamp(-1, 1).view(-1, 3)
+
+    def _fall(self, density):
+        ahead, behind = density.view(-1, 2, 3).unbind(1)
+        return F.normalize(behind - ahead, dim=-1, eps=1e-10)
+
+    def around(self,
+        x: Tensor, # (N,3)
+    ) -> tuple[Tensor, Tensor, Tensor]: # Density: (N,), albedo: (N,3), normal: (N,3)
+        "All there is to know about `x`, asked in one go"
+        density, h = self._ask(torch.cat([x, self._ends(x, self.normal_eps)]))
+        n = len(x)
+        return density[:n], h[:n].sigmoid(), self._fall(density[n:])
 
     def parameter_groups(self,
         table_lr: float = 1e-2, # Official code; the paper says 1e-3 for everything

@@ -190,7 +190,7 @@ def _numba_backward(x, grad, layout, smooth, active):
     _numba_kernels(out.shape[1])[1](x.numpy(), grad.numpy(), out, *_arrays(layout), smooth, active, order)
     return torch.from_numpy(out)
 
-# %% ../nbs/20_hashgrid.ipynb #db430e12
+# %% ../nbs/20_hashgrid.ipynb #4d1320ef
 @functools.cache
 def _triton_kernel():
     global tl
@@ -223,7 +223,7 @@ def _triton_kernel():
             w = w*w*(3 - 2*w)
         place = out_ptr + n.to(tl.int64)[:, None]*width + level*F + f
         here = real[:, None] & (f < F)
-        if BACKWARD: value = tl.load(place, here, 0.)
+        if BACKWARD: value = tl.load(place, here, 0.).to(tl.float32)
         else: value = tl.zeros((BLOCK, F), tl.float32)
         for corner in tl.static_range(8):
             x = cx + (corner & 1)
@@ -234,11 +234,11 @@ def _triton_kernel():
             weight = (u if corner & 1 else 1 - u)*(v if corner >> 1 & 1 else 1 - v)*(w if corner >> 2 else 1 - w)
             at = table_ptr + i[:, None]*F + f
             if BACKWARD: tl.atomic_add(at, weight[:, None]*value, here)
-            else: value += weight[:, None]*tl.load(at, here, 0.)
+            else: value += weight[:, None]*tl.load(at, here, 0.).to(tl.float32)
         if not BACKWARD: tl.store(place, value, here)
     return kernel
 
-# %% ../nbs/20_hashgrid.ipynb #61d06bdf
+# %% ../nbs/20_hashgrid.ipynb #53c1a12c
 @functools.cache
 def _level_tensor(layout, device):
     return torch.tensor(list(zip(layout.resolution, layout.size, layout.offset, map(int, layout.dense))), dtype=torch.int32, device=device)
@@ -253,13 +253,13 @@ def _triton_run(x, table, out, layout, smooth, active, backward):
 
 def _triton_forward(x, table, layout, smooth, active):
     L, F = len(layout.resolution), table.shape[1]
-    out = x.new_empty(len(x), L*F) if active == L else x.new_zeros(len(x), L*F)
+    out = table.new_empty(len(x), L*F) if active == L else table.new_zeros(len(x), L*F)
     return _triton_run(x, table.detach(), out, layout, smooth, active, backward=False)
 
 def _triton_backward(x, grad, layout, smooth, active):
     table = x.new_zeros(layout.entries, grad.shape[1]//len(layout.resolution))
     _triton_run(x, table, grad, layout, smooth, active, backward=True)
-    return table
+    return table.to(grad.dtype)
 
 # %% ../nbs/20_hashgrid.ipynb #4c238d5c
 BACKENDS = dict(numba=(_numba_forward, _numba_backward), triton=(_triton_forward, _triton_backward))
@@ -314,7 +314,7 @@ def backend_report() -> dict[str, str]:
     devices = ['cpu'] + ['cuda']*torch.cuda.is_available()
     return report | {f'auto on {d}': pick_backend(d) for d in devices}
 
-# %% ../nbs/20_hashgrid.ipynb #0911bcfa
+# %% ../nbs/20_hashgrid.ipynb #e29fabf4
 class HashGrid(nn.Module):
     "Features of points, learned by the entry"
     def __init__(self,
@@ -344,8 +344,10 @@ class HashGrid(nn.Module):
         "Look up `x` in every level"
         active = self.levels if active_levels is None else max(0, min(active_levels, self.levels))
         smooth, backend = self.interpolation == 'smoothstep', pick_backend(x.device, self.backend)
-        x = x.to(self.table.dtype)
-        if backend == 'torch' or x.requires_grad or x.dtype != torch.float32: return encode(x, self.table, self.layout, smooth, active)
+        dtype = self.table.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32)) # half a float cannot tell the finest cells apart
+        fits = x.dtype == torch.float32 if backend == 'triton' else dtype == torch.float32
+        if backend == 'torch' or x.requires_grad or not fits: return encode(x, self.table, self.layout, smooth, active).to(dtype)
         return _Lookup.apply(self.table, x.contiguous(), self.layout, smooth, active, backend)
 
     def extra_repr(self):

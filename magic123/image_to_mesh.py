@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'versions', 'weight_hashes', 'Job', 'keep_reference', 'kept_reference', 'choose_prompt', 'prior_folder',
-           'wanted_priors', 'load_priors', 'Result', 'peak_memory_gb', 'make_nerf', 'continue_run', 'write_files',
-           'write_metrics', 'finished', 'pictures_in', 'image_name', 'check_folder', 'read_photo', 'begin_run',
-           'for_team', 'reconstruct', 'resume', 'final_scene', 'film', 'export_mesh']
+           'wanted_priors', 'pick_dtype', 'ready_priors', 'load_priors', 'Result', 'peak_memory_gb', 'make_nerf',
+           'continue_run', 'write_files', 'write_metrics', 'finished', 'pictures_in', 'image_name', 'check_folder',
+           'read_photo', 'begin_run', 'for_team', 'reconstruct', 'resume', 'coarse_scene', 'evaluate_coarse',
+           'final_scene', 'film', 'export_mesh']
 
-# %% ../nbs/53_image_to_mesh.ipynb #9e6db954
+# %% ../nbs/53_image_to_mesh.ipynb #87b4ee7b
 import hashlib, json, platform, shutil, sys, tempfile, time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from .cameras import Camera
 from .dmtet import DMTet
-from .export import TexturedMesh, contact_sheet, load_mesh, mesh_report, save_mesh, textured_mesh, write_turntable
+from .export import TexturedMesh, contact_sheet, load_mesh, mesh_report, painted_mesh, save_mesh, textured_mesh, write_turntable
 from .fast_priors import quicken
 from .joint_prior import JointPrior
 from .many_gpus import Team, join
@@ -29,12 +30,12 @@ from .optimise import Interrupted, load_scene, optimise
 from .preprocess import Reference, load_reference
 from .recipe import Recipe
 from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, save_png
-from .stable_diffusion import StableDiffusionPrior, find_folder
+from .stable_diffusion import LatentPrior, StableDiffusionPrior, find_folder
 from .textual_inversion import load_learned_embeds
 from .toybox import FAMILIES, Toy, make_toy, parse_toy
 from .zero123 import ZERO123_PARTS, Zero123Prior
 
-# %% ../nbs/53_image_to_mesh.ipynb #5db95446
+# %% ../nbs/53_image_to_mesh.ipynb #7dedf21d
 _packages = 'magic123', 'torch', 'diffusers', 'transformers', 'numpy', 'numba', 'triton', 'xatlas'
 
 def versions() -> dict[str, str]: # Package -> version, of those installed
@@ -87,6 +88,10 @@ class Job:
         return parse_toy(self.image) if self.image.startswith('toybox:') else None
 
     @property
+    def mesh(self) -> Path: # Not there before the end, nor if no formats were asked for
+        return self.folder/f'mesh.{(self.recipe.export.formats or ("glb",))[0]}'
+
+    @property
     def device(self) -> torch.device:
         if self.recipe.device == 'auto': return default_device()
         try: return torch.zeros(0, device=self.recipe.device).device
@@ -132,7 +137,7 @@ def choose_prompt(
     captions = [make_toy(family, 0).captions[-1] for family in FAMILIES]
     return prior.pick_caption(reference, captions, generator=torch.Generator().manual_seed(job.recipe.seed)), {}, 'what the 2D prior thinks it sees; correct it with --prompt.text'
 
-# %% ../nbs/53_image_to_mesh.ipynb #84b1cf3a
+# %% ../nbs/53_image_to_mesh.ipynb #54ea1419
 def prior_folder(
     source: str, # 'tiny', a folder, or a hub id
     part: str, # 'stable_diffusion' or 'zero123'
@@ -150,6 +155,24 @@ def wanted_priors(
     if any(s.weight_3d for s in stages): out['3d'] = find_folder(prior_folder(p.zero123, 'zero123'), ZERO123_PARTS)
     return out
 
+def pick_dtype(
+    wanted: str, # 'float32', 'float16', 'bfloat16' or 'auto'
+    device: torch.device | str,
+) -> torch.dtype:
+    "The precision that priors compute in"
+    device = torch.device(device)
+    if wanted != 'auto': return getattr(torch, wanted)
+    if device.type != 'cuda': return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+def ready_priors(
+    recipe: Recipe,
+    priors: dict[str, LatentPrior], # '2d', '3d' or both, as loaded
+) -> JointPrior:
+    "Loaded priors, made as fast as the recipe allows, side by side"
+    quick = {name: (quicken(prior, recipe.priors.speed, recipe.low_memory), 1.) for name, prior in priors.items()}
+    return JointPrior(quick, in_turn=recipe.low_memory)
+
 def load_priors(
     job: Job,
     reference: Reference,
@@ -157,24 +180,23 @@ def load_priors(
 ) -> JointPrior | None: # None if no prior counts
     "Both priors, ready to judge"
     p, device, folders = job.recipe.priors, job.device, wanted_priors(job.recipe)
-    how = p.dtype if p.dtype != 'auto' else 'float16' if device.type == 'cuda' else 'float32'
-    common, priors = dict(device=device, dtype=getattr(torch, how), weighting=p.weighting), {}
+    common, priors = dict(device=device, dtype=pick_dtype(p.dtype, device), weighting=p.weighting), {}
     if '2d' in folders:
         prior = StableDiffusionPrior.load(folders['2d'], '', p.guidance_2d, view_words=job.recipe.prompt.view_words, front_azimuth=reference.camera.azimuth, **common)
         prompt, embeds, how = choose_prompt(job, prior, reference)
         say(f'Prompt: "{prompt}", {how}')
         job.recipe = job.recipe.replace({'prompt.text': prompt})
-        priors['2d'] = quicken(prior.with_prompt(prompt, embeds), p.speed), 1.
-    if '3d' in folders: priors['3d'] = quicken(Zero123Prior.load(folders['3d'], reference, p.guidance_3d, angle_scaling=p.angle_scaling, **common), p.speed), 1.
+        priors['2d'] = prior.with_prompt(prompt, embeds)
+    if '3d' in folders: priors['3d'] = Zero123Prior.load(folders['3d'], reference, p.guidance_3d, angle_scaling=p.angle_scaling, **common)
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
-    return JointPrior(priors) if priors else None
+    return ready_priors(job.recipe, priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #faeedc61
+# %% ../nbs/53_image_to_mesh.ipynb #76a1cfb1
 @dataclass(repr=False)
 class Result:
     "What a run leaves behind"
     folder: Path
-    mesh: Path # The GLB, or the first format asked for
+    mesh: Path # The GLB, or the first format asked for; no file if none was
     metrics: dict # As in `metrics.json`
 
     def __repr__(self):
@@ -194,7 +216,7 @@ def make_nerf(
 ) -> NeRF:
     "The coarse scene, as it begins"
     torch.manual_seed(recipe.seed)
-    return NeRF(**recipe.nerf.model_dump())
+    return NeRF(**recipe.nerf.model_dump(), low_memory=recipe.low_memory)
 
 def continue_run(
     folder: str | Path, # A run folder with a reference
@@ -228,7 +250,7 @@ def continue_run(
     except KeyboardInterrupt as e: raise Interrupted(f'{e or "Stopped"}\nContinue with `magic123 resume {folder}`') from e
     return finished(job)
 
-# %% ../nbs/53_image_to_mesh.ipynb #8c12b888
+# %% ../nbs/53_image_to_mesh.ipynb #8a7461a3
 @torch.no_grad()
 def write_files(
     job: Job,
@@ -238,9 +260,10 @@ def write_files(
     "Mesh, film and contact sheet"
     began, e = time.perf_counter(), job.recipe.export
     vertices, faces = scene.mesh()
-    mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
+    if e.formats: mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
+    else: mesh = painted_mesh(vertices.detach(), faces, scene.field.albedo, e.max_faces, e.smallest_piece)
     for kind in e.formats: save_mesh(job.folder/f'mesh.{kind}', mesh)
-    write_turntable(mesh, job.folder/'turntable.mp4', e.turntable_views, e.turntable_size, reference.camera)
+    if e.formats: write_turntable(mesh, job.folder/'turntable.mp4', e.turntable_views, e.turntable_size, reference.camera)
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
     return mesh, time.perf_counter() - began
 
@@ -265,7 +288,7 @@ def finished(
 ) -> Result:
     "The result of a run that has ended"
     if not (job.folder/'metrics.json').is_file(): raise UserError(f'The run in {job.folder} has not ended', f'Continue it with `magic123 resume {job.folder}`')
-    return Result(job.folder, job.folder/f'mesh.{job.recipe.export.formats[0]}', json.loads((job.folder/'metrics.json').read_text()))
+    return Result(job.folder, job.mesh, json.loads((job.folder/'metrics.json').read_text()))
 
 # %% ../nbs/53_image_to_mesh.ipynb #f5ab1c4c
 PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'
@@ -371,7 +394,7 @@ def _each(images, out, recipe, overwrite, say, on_step):
     if failed: raise UserError(f'{len(failed)} of {len(images)} pictures failed', 'The others are done; what was wrong is said above')
     return results
 
-# %% ../nbs/53_image_to_mesh.ipynb #bbcbe3b7
+# %% ../nbs/53_image_to_mesh.ipynb #3a6ee696
 def resume(
     folder: str | Path, # A run, or a folder of runs
     say=print, # Told what was decided
@@ -382,6 +405,24 @@ def resume(
     runs = [folder] if (folder/'recipe.json').is_file() else sorted(p.parent for p in folder.glob('*/recipe.json'))
     results = [continue_run(run, say, on_step) for run in runs or [folder]]
     return results if len(runs) > 1 else results[0]
+
+def coarse_scene(
+    folder: str | Path, # A run whose coarse stage has begun
+) -> NeRF:
+    "The coarse scene as it was left"
+    job = Job.open(folder)
+    return load_scene(make_nerf(job.recipe), job.folder/'coarse').to(job.device)
+
+def evaluate_coarse(
+    folder: str | Path, # A run whose coarse stage has ended
+) -> dict[str, dict[str, float]]: # 'reference', and 'held_out' of a toy, as in `metrics.json`
+    "The numbers of a run as they were before its fine stage"
+    from magic123.metrics import evaluate_geometry, evaluate_held_out, evaluate_reference
+    job, nerf = Job.open(folder), coarse_scene(folder)
+    found = dict(reference=evaluate_reference(nerf, kept_reference(job)))
+    if job.toy is None: return found
+    with torch.no_grad(): surface = DMTet.from_nerf(nerf, **job.recipe.dmtet.model_dump() | dict(carve=None)).mesh()
+    return found | dict(held_out=evaluate_held_out(nerf, job.toy) | evaluate_geometry(*surface, job.toy))
 
 def final_scene(
     folder: str | Path, # A run whose fine stage has begun

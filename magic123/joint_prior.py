@@ -17,7 +17,7 @@ from .cameras import Camera
 from .sds import fork
 from .shading import View
 
-# %% ../nbs/44_joint_prior.ipynb #0485593b
+# %% ../nbs/44_joint_prior.ipynb #939f0bd7
 @cache
 def _stream(device, i): return torch.cuda.Stream(device)
 
@@ -39,6 +39,7 @@ def side_by_side(
 class JointPrior:
     "A weighted sum of priors: Eq. 7"
     priors: dict[str, tuple[Callable, float]] # name: (prior, weight), such as '2d' and '3d'
+    in_turn: bool = False # Never two at a time, to need less memory
 
     @classmethod
     def from_tradeoff(cls,
@@ -71,7 +72,8 @@ class JointPrior:
             model = getattr(asked[names[0]][0], 'diffusion', None)
             seen = {} if model is None else dict(z=model.encode(view.rgb, generator))
             return [(name, weight*prior(view, camera, t_range, dice, **seen)) for name in names for prior, weight, dice in [asked[name]]]
-        said = dict(pair for found in side_by_side(view.rgb.device, [lambda o=o: look(o) for o in eyes.values()]) for pair in found)
+        jobs = [lambda o=o: look(o) for o in eyes.values()]
+        said = dict(pair for found in ([job() for job in jobs] if self.in_turn else side_by_side(view.rgb.device, jobs)) for pair in found)
         return {name: said[name] for name in asked if name in said}
 
     def __call__(self, view: View, camera: Camera, t_range: tuple[float, float] = (.2, .6),

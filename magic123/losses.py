@@ -121,25 +121,25 @@ def adjacent_faces(
     first = (key[1:] == key[:-1]).nonzero()[:, 0]
     return torch.stack([order[first], order[first + 1]], 1)//3
 
-# %% ../nbs/03_losses.ipynb #70bb2e53
+# %% ../nbs/03_losses.ipynb #d88a9d91
 def mesh_normal_consistency(
     vertices: Tensor, # (V,3)
     faces: Tensor, # (F,3) long
 ) -> Tensor: # Scalar in [0,2]
     "How sharply faces meet: the mean of 1 - cos over all edges (official code, weight 0.1)"
-    a, b, c = vertices[faces].unbind(1)
+    a, b, c = vertices.index_select(0, faces.reshape(-1)).view(-1, 3, 3).unbind(1)
     n = F.normalize((b - a).cross(c - a, dim=-1), dim=-1)
     i, j = adjacent_faces(faces).unbind(1)
-    return (1 - (n[i]*n[j]).sum(-1)).mean()
+    return (1 - (n.index_select(0, i)*n.index_select(0, j)).sum(-1)).mean()
 
-# %% ../nbs/03_losses.ipynb #ecd09d54
+# %% ../nbs/03_losses.ipynb #3c6fb8ea
 def laplacian_loss(
     vertices: Tensor, # (V,3)
     faces: Tensor, # (F,3) long
 ) -> Tensor: # Scalar
     "How far vertices lie from their neighbours' mean, times their number (official code, weight 0.1)"
     i, j = edges(faces).unbind(1)
-    d = vertices[i] - vertices[j]
+    d = vertices.index_select(0, i) - vertices.index_select(0, j)
     return torch.zeros_like(vertices).index_add(0, i, d).index_add(0, j, -d).norm(dim=1).mean()
 
 # %% ../nbs/03_losses.ipynb #f36cf8b6

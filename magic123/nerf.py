@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['OccupancyGrid', 'Samples', 'march', 'transmittance', 'along_rays', 'depth_normals', 'NeRF']
 
-# %% ../nbs/22_nerf.ipynb #d7935a03
+# %% ../nbs/22_nerf.ipynb #0e7d0201
 import functools, math
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from .cameras import Camera
 from .field import Field
 from .hashgrid import jit, load_numba, numba_threads, pick_backend
@@ -18,14 +19,18 @@ from .losses import entropy_loss, orientation_loss
 from .shading import Shading, View, composite, shade
 from .show import UserError
 
-# %% ../nbs/22_nerf.ipynb #c77f54e0
-def _uniform(*shape, generator, device):
-    source = generator.device if generator is not None else device
-    return torch.rand(*shape, generator=generator, device=source).to(device)
+# %% ../nbs/22_nerf.ipynb #3131f693
+def _uniform(*shape, generator, device): # on a GPU from dice made there: millions of numbers would travel for longer than the rest takes
+    if generator is not None and generator.device.type != torch.device(device).type:
+        generator = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator, device=generator.device).item())
+    return torch.rand(*shape, generator=generator, device=device)
 
-def _in_chunks(ask, size, *xs):
-    if torch.is_grad_enabled() or len(xs[0]) <= size: return ask(*xs)
-    parts = [ask(*o) for o in zip(*(x.split(size) for x in xs))]
+def _room(device): return 2**19 if torch.device(device).type == 'cuda' else 2**17 # points at a time
+
+def _in_chunks(ask, size, *xs, forget=False): # with gradients all at once, or in chunks that are asked again on the way back
+    grad = torch.is_grad_enabled()
+    if grad and not forget or len(xs[0]) <= size: return ask(*xs)
+    parts = [checkpoint(ask, *o, use_reentrant=False, preserve_rng_state=False) if grad else ask(*o) for o in zip(*(x.split(size) for x in xs))]
     return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(map(torch.cat, zip(*parts)))
 
 class OccupancyGrid(nn.Module):
@@ -50,7 +55,7 @@ class OccupancyGrid(nn.Module):
         n, device = self.resolution, self.density.device
         cells = torch.stack(torch.meshgrid(*[torch.arange(n, device=device)]*3, indexing='ij'), -1).view(-1, 3)
         points = (cells + _uniform(n**3, 3, generator=generator, device=device))*(2/n) - 1
-        new = _in_chunks(density, 2**17, points).nan_to_num(0, posinf=torch.finfo(torch.float32).max).view_as(self.density)
+        new = _in_chunks(density, _room(device), points).nan_to_num(0, posinf=torch.finfo(torch.float32).max).view_as(self.density)
         self.density.copy_(torch.maximum(self.density*self.decay, new))
         self.occupied.copy_(self.density >= self.level)
 
@@ -59,7 +64,7 @@ class OccupancyGrid(nn.Module):
         "The density from which on a cell is occupied"
         return self.density.mean(dtype=torch.float64).clamp(max=self.threshold).to(self.density)
 
-# %% ../nbs/22_nerf.ipynb #1eaf7859
+# %% ../nbs/22_nerf.ipynb #ce923476
 @dataclass
 class Samples:
     "Points on rays, packed: those of one ray are neighbours, near ones first"
@@ -74,11 +79,10 @@ class Samples:
         rays: int, # R
     ) -> 'Samples':
         "Find where each ray begins"
-        start = F.pad(torch.bincount(ray, minlength=rays).cumsum(0), (1, 0))
-        return cls(ray, t, start)
+        return cls(ray, t, torch.searchsorted(ray, torch.arange(rays+1, device=ray.device)))
 
     def __len__(self): return len(self.t)
-    def __getitem__(self, keep): # keep: (N,) bool
+    def __getitem__(self, keep): # keep: (N,) bool, or rising indices
         return Samples.pack(self.ray[keep], self.t[keep], len(self.start)-1)
 
 # %% ../nbs/22_nerf.ipynb #c19389d2
@@ -98,7 +102,7 @@ def _march_torch(origins, directions, occupied, step, shift, near):
     ray, t = map(torch.cat, zip(*found))
     return Samples.pack(ray, t, len(origins))
 
-# %% ../nbs/22_nerf.ipynb #8bbc996e
+# %% ../nbs/22_nerf.ipynb #7719d073
 @functools.cache
 def _numba_march():
     import numpy as np
@@ -144,6 +148,65 @@ def _march_numba(origins, directions, occupied, step, shift, near):
     go(ray, t, True)
     return Samples(ray, t, start)
 
+@functools.cache
+def _triton_march():
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=['write'])
+    def kernel(o_ptr, d_ptr, occupied_ptr, shift_ptr, start_ptr, count_ptr, ray_ptr, t_ptr, step, near, n, write, BLOCK: tl.constexpr):
+        r = tl.program_id(0)
+        ox, oy, oz = tl.load(o_ptr + 3*r), tl.load(o_ptr + 3*r + 1), tl.load(o_ptr + 3*r + 2)
+        dx, dy, dz = tl.load(d_ptr + 3*r), tl.load(d_ptr + 3*r + 1), tl.load(d_ptr + 3*r + 2)
+        sx, sy, sz = tl.where(tl.abs(dx) < 1e-9, 1e-9, dx), tl.where(tl.abs(dy) < 1e-9, 1e-9, dy), tl.where(tl.abs(dz) < 1e-9, 1e-9, dz)
+        ax, ay, az = (-1 - ox)/sx, (-1 - oy)/sy, (-1 - oz)/sz
+        bx, by, bz = (1 - ox)/sx, (1 - oy)/sy, (1 - oz)/sz
+        enter = tl.maximum(tl.maximum(tl.minimum(ax, bx), tl.minimum(ay, by)), tl.maximum(tl.minimum(az, bz), near))
+        leave = tl.minimum(tl.minimum(tl.maximum(ax, bx), tl.maximum(ay, by)), tl.maximum(az, bz))
+        dt = step/tl.sqrt(dx*dx + dy*dy + dz*dz)
+        u, half = tl.load(shift_ptr + r), n*.5
+        place = tl.load(start_ptr + r)
+        begun = place
+        for first in range(0, tl.maximum((leave - enter)/dt, 0.).to(tl.int32) + 1, BLOCK):
+            t = enter + (first + tl.arange(0, BLOCK) + u)*dt
+            x = tl.minimum(tl.maximum(((ox + t*dx + 1)*half).to(tl.int32), 0), n-1)
+            y = tl.minimum(tl.maximum(((oy + t*dy + 1)*half).to(tl.int32), 0), n-1)
+            z = tl.minimum(tl.maximum(((oz + t*dz + 1)*half).to(tl.int32), 0), n-1)
+            here = t < leave
+            found = (tl.load(occupied_ptr + (x*n + y)*n + z, here, 0) != 0) & here
+            one = found.to(tl.int32)
+            at = place + tl.cumsum(one, 0) - 1
+            keep = one*write != 0
+            tl.store(ray_ptr + at, (at*0 + r).to(tl.int64), keep)
+            tl.store(t_ptr + at, t, keep)
+            place += tl.sum(one, 0)
+        if write == 0: tl.store(count_ptr + r, place - begun)
+    return kernel
+
+def _march_triton(origins, directions, occupied, step, shift, near):
+    R, device = len(origins), origins.device
+    rays = [o.contiguous() for o in (origins, directions)] + [occupied.contiguous().view(torch.uint8), shift.contiguous()]
+    start, count = torch.zeros(R+1, dtype=torch.long, device=device), torch.zeros(R, dtype=torch.long, device=device)
+    def go(ray, t, write):
+        with torch.cuda.device_of(start): _triton_march()[R,](*rays, start, count, ray, t, step, near, len(occupied), write, BLOCK=128, num_warps=1)
+    if R: go(count, shift, 0)
+    torch.cumsum(count, 0, out=start[1:])
+    ray, t = torch.empty(start[-1], dtype=torch.long, device=device), torch.empty(start[-1], device=device)
+    if len(t): go(ray, t, 1)
+    return Samples(ray, t, start)
+
+@functools.cache
+def _march_trouble(kind): # '' if Triton finds what torch finds
+    some = torch.Generator().manual_seed(0)
+    o, d = torch.tensor([[0., 0., 2.]]).expand(40, 3), torch.randn(40, 3, generator=some)*.3 - torch.tensor([0., 0., 1.])
+    scene = o.to(kind), d.to(kind), (torch.rand(8, 8, 8, generator=some) > .5).to(kind), .05, torch.rand(40, generator=some).to(kind), .2
+    try:
+        a, b = _march_triton(*scene), _march_torch(*scene)
+        if (a.start - b.start).abs().max() <= 4 and abs(len(a) - len(b)) <= 4: return ''
+        return 'it finds other samples'
+    except Exception as e: return f'{type(e).__name__}: {e}'
+
 def march(
     origins: Tensor, # (R,3)
     directions: Tensor, # (R,3), unit depth
@@ -151,15 +214,30 @@ def march(
     step: float, # Distance between samples, in space
     generator: torch.Generator | None = None, # Shifts each ray by a random share of a step; half a step if None
     near: float = .2, # Depth to begin at (official code)
-    backend: str = 'auto', # 'torch', 'numba', or the fastest that works
+    backend: str = 'auto', # 'torch', 'numba' (CPU), 'triton' (GPU), or the fastest that works
 ) -> Samples:
     "Points on rays, in occupied cells only"
     device = origins.device
     shift = torch.full((len(origins),), .5, device=device) if generator is None else _uniform(len(origins), generator=generator, device=device)
-    fast = device.type == 'cpu' and (pick_backend(device) if backend == 'auto' else backend) == 'numba'
-    return (_march_numba if fast else _march_torch)(origins, directions, occupied, step, shift, near)
+    if backend == 'auto': backend = pick_backend(device)
+    if backend == 'triton' and _march_trouble(device.type): backend = 'torch'
+    find = dict(numba=_march_numba, triton=_march_triton).get(backend, _march_torch)
+    return find(origins, directions, occupied, step, shift, near)
 
-# %% ../nbs/22_nerf.ipynb #2abfa0e6
+# %% ../nbs/22_nerf.ipynb #bb24644d
+class _Before(torch.autograd.Function): # each ray's running sum, without the sample itself; and on the way back without its forerunners
+    @staticmethod
+    def forward(ctx, x, ray, start):
+        ctx.save_for_backward(ray, start)
+        total = F.pad(x.cumsum(0, dtype=torch.float64), (1, 0))
+        return total[:-1] - total[start].index_select(0, ray)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        ray, start = ctx.saved_tensors
+        total = F.pad(grad.cumsum(0, dtype=torch.float64), (1, 0))
+        return (total[start[1:]].index_select(0, ray) - total[1:]), None, None
+
 def transmittance(
     density: Tensor, # (N,)
     samples: Samples, # Whose densities these are
@@ -167,8 +245,7 @@ def transmittance(
 ) -> tuple[Tensor, Tensor]: # T_i, light that comes through to each sample, and alpha_i, its opacity: (N,)
     "How much of each sample is seen"
     thickness = (density*step).clamp(max=50)
-    total = F.pad(thickness.cumsum(0, dtype=torch.float64), (1, 0))
-    before = total[:-1] - total[samples.start[samples.ray]]
+    before = _Before.apply(thickness, samples.ray, samples.start)
     return (-before).exp().to(density), -torch.expm1(-thickness)
 
 def along_rays(
@@ -198,7 +275,7 @@ def depth_normals(
     normal = _slope(points, depth, 0).cross(_slope(points, depth, 1), dim=-1)
     return F.normalize(torch.where(seen, normal, 0.), dim=-1, eps=1e-10)
 
-# %% ../nbs/22_nerf.ipynb #4f30bcbb
+# %% ../nbs/22_nerf.ipynb #27a4d232
 class NeRF(nn.Module):
     "The coarse scene: a field, seen by volume rendering"
     def __init__(self,
@@ -209,6 +286,7 @@ class NeRF(nn.Module):
         masked_fraction: float = .6, # For this share of the steps (official code: 3000 of 5000)
         normals: str = 'density', # From differences of the 'density' (official code) or of the 'depth' (paper 2.1.1)
         stop: float = 1e-4, # Light that a sample must be able to get (official code)
+        low_memory: bool = False, # Ask the field again on the way back, instead of keeping all it did
         **field, # Settings of `Field`
     ):
         super().__init__()
@@ -216,7 +294,7 @@ class NeRF(nn.Module):
         if normals not in ('density', 'depth'): raise UserError(f'Normals from {normals!r}', "Choose 'density' or 'depth'")
         self.field = Field(**field)
         self.occupancy = OccupancyGrid(occupancy)
-        self.samples, self.occupancy_interval, self.normals, self.stop = samples, occupancy_interval, normals, stop
+        self.samples, self.occupancy_interval, self.normals, self.stop, self.low_memory = samples, occupancy_interval, normals, stop, low_memory
         self.masked_levels, self.masked_fraction = masked_levels, masked_fraction
 
     @property
@@ -236,6 +314,8 @@ class NeRF(nn.Module):
 
     @torch.no_grad()
     def _visible(self, samples, points):
+        if points.is_cuda: # one large wave: there, waiting for the next costs more than asking in vain
+            return transmittance(_in_chunks(self.field.density, _room(points.device), points), samples, self.step)[0] > self.stop
         density, rank = points.new_zeros(len(points)), torch.arange(len(points), device=points.device) - samples.start[samples.ray]
         lo, hi, todo, T = 0, max(8, self.samples//16), rank, density
         while len(todo):
@@ -250,14 +330,15 @@ class NeRF(nn.Module):
         samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
         points = at(samples)
         if self.stop > 0:
-            keep = self._visible(samples, points)
+            keep = self._visible(samples, points).nonzero()[:, 0]
             samples, points = samples[keep], points[keep]
-        density, colour = _in_chunks(self.field, 2**17, points)
+        ask, size = (self.field.around, 2**15) if per_sample else (self.field, 2**17)
+        density, colour, *normal = _in_chunks(ask, size, points, forget=self.low_memory)
         T, alpha = transmittance(density, samples, self.step)
         w = T*alpha
         aux, values = dict(weights=w), [w[:, None], (w*samples.t)[:, None]]
         if per_sample:
-            normal = _in_chunks(self.field.density_normal, 2**15, points)
+            normal, = normal
             aux |= dict(normals=normal, directions=directions[samples.ray])
             colour = shade(colour, normal, shading.mode, light, shading.ambient)
             values.append(w.detach()[:, None]*normal)
@@ -307,4 +388,4 @@ class NeRF(nn.Module):
         "Densities on a lattice from -1 to 1, corners included"
         side = torch.linspace(-1, 1, resolution, device=self.occupancy.density.device)
         points = torch.stack(torch.meshgrid(side, side, side, indexing='ij'), -1).view(-1, 3)
-        return _in_chunks(self.field.density, 2**17, points).view([resolution]*3)
+        return _in_chunks(self.field.density, _room(points.device), points).view([resolution]*3)

@@ -159,7 +159,7 @@ def make_adam(
     device = groups[0]['params'][0].device.type
     return torch.optim.Adam(groups, betas=(stage.beta1, stage.beta2), eps=stage.eps, fused=device in ('cpu', 'cuda'))
 
-# %% ../nbs/51_optimise.ipynb #08ba479c
+# %% ../nbs/51_optimise.ipynb #489acd44
 class Interrupted(KeyboardInterrupt):
     "Somebody asked the loop to stop, and it has saved its state"
 
@@ -215,15 +215,30 @@ class Run:
         for terms in parts:
             sum(weights.get(k, 1.)*v for k, v in terms.items()).backward()
             for k, v in terms.items(): found[k] = v.detach().float() + found.get(k, 0.)
-        values = dict(zip(found, torch.stack(list(found.values())).tolist())) if found else {}
-        values = self.team.add_up(values, self.params)
-        if values: values['gradient'] = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None]).item()
+        read = lambda terms: dict(zip(terms, torch.stack(list(terms.values())).tolist())) if terms else {} # waits for the GPU
+        length = lambda: dict(gradient=nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None]))
+        if self.team.size == 1: values = read(found | length() if found else {})
+        else:
+            values = self.team.add_up(read(found), self.params)
+            if values: values |= read(length())
         if good := all(map(math.isfinite, values.values())):
             for g in self.adam.param_groups: g['lr'] = g['full_lr']*self.stage.rate(step)*self.progress.lr_scale
             self.adam.step()
         self.progress.step += 1
         self.progress.skipped += not good
         self.progress.in_a_row = 0 if good else self.progress.in_a_row + 1
+        return values
+
+    def advance(self,
+        photo, # The `Reference`, at the size that the stage looks at it
+        prior, # A `JointPrior`, or anything with its `terms`; None for nothing
+        novel: NovelSettings = NovelSettings(), # Where novel views are taken from
+    ) -> dict[str, float]: # As `update`
+        "One step, whole"
+        step = self.progress.step
+        self.scene.prepare(step, self.stage.steps, self.generator)
+        values = self.update(step_terms(self.scene, photo, prior, self.stage, novel, step, self.generator, self.team))
+        if self.average is not None and self.progress.step % self.stage.ema_interval == 0: self.take_average()
         return values
 
     def take_average(self):
@@ -285,7 +300,7 @@ def preview(
     rows = [[v.rgb for v in views], [normal_to_rgb(v.normal, v.alpha) for v in views], [depth_to_rgb(v.depth, v.alpha) for v in views]]
     return strip(rows)
 
-# %% ../nbs/51_optimise.ipynb #6999950f
+# %% ../nbs/51_optimise.ipynb #8a3a58af
 def optimise(
     scene: Scene, # What to improve
     reference, # What to resemble: a `Reference`
@@ -303,10 +318,8 @@ def optimise(
     run = Run(scene, stage, folder, seed, log)
     with interruptible() as asked:
         while run.progress.step < stage.steps:
-            began, step = time.perf_counter(), run.progress.step
-            scene.prepare(step, stage.steps, run.generator)
-            values = run.update(step_terms(scene, photo, prior, stage, novel, step, run.generator, run.team))
-            if run.average is not None and run.progress.step % stage.ema_interval == 0: run.take_average()
+            began = time.perf_counter()
+            values = run.advance(photo, prior, novel)
             run.progress.seconds += time.perf_counter() - began
             run.write_log(values, 1000*(time.perf_counter() - began))
             if run.progress.in_a_row >= stage.patience: run.go_back(values)

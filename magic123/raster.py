@@ -6,7 +6,7 @@
 __all__ = ['to_screen', 'edge_functions', 'visible_faces', 'Fragments', 'fragments', 'rasterize', 'interpolate', 'vertex_normals',
            'outline', 'outline_crossings', 'antialias']
 
-# %% ../nbs/31_raster.ipynb #78c2f563
+# %% ../nbs/31_raster.ipynb #d42b10b4
 from dataclasses import dataclass
 from functools import cache
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera
-from .hashgrid import jit, numba_threads
+from .hashgrid import jit, numba_threads, pick_backend
 
 # %% ../nbs/31_raster.ipynb #1892fce6
 def to_screen(
@@ -70,7 +70,7 @@ def _zbuffer_torch(screen, faces, height, width, near, budget=1<<22):
         best.scatter_reduce_(0, (y*width + x)[hit], (depth[hit].view(torch.int32).long() << 32) | f[hit], 'amin')
     return torch.where(best == empty, -1, best & 0xffffffff).view(height, width)
 
-# %% ../nbs/31_raster.ipynb #68b48ca3
+# %% ../nbs/31_raster.ipynb #e5eddf0b
 @cache
 def _numba_kernel():
     from numba import prange
@@ -122,7 +122,61 @@ def _has_numba():
     except Exception: return False
     return True
 
-# %% ../nbs/31_raster.ipynb #95694e91
+@cache
+def _triton_kernel():
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def zbuffer(screen_ptr, face_ptr, best_ptr, height, width, near, BLOCK: tl.constexpr):
+        f = tl.program_id(0)
+        a, b, c = tl.load(face_ptr + 3*f), tl.load(face_ptr + 3*f + 1), tl.load(face_ptr + 3*f + 2)
+        ax, ay, aw = tl.load(screen_ptr + 3*a), tl.load(screen_ptr + 3*a + 1), tl.load(screen_ptr + 3*a + 2)
+        bx, by, bw = tl.load(screen_ptr + 3*b), tl.load(screen_ptr + 3*b + 1), tl.load(screen_ptr + 3*b + 2)
+        cx, cy, cw = tl.load(screen_ptr + 3*c), tl.load(screen_ptr + 3*c + 1), tl.load(screen_ptr + 3*c + 2)
+        nearest, farthest = tl.minimum(tl.minimum(aw, bw), cw), tl.maximum(tl.maximum(aw, bw), cw)
+        da, db, dc = tl.maximum(aw, near), tl.maximum(bw, near), tl.maximum(cw, near)
+        left, right = tl.minimum(tl.minimum(ax/da, bx/db), cx/dc) - .501, tl.maximum(tl.maximum(ax/da, bx/db), cx/dc) - .499
+        top, bottom = tl.minimum(tl.minimum(ay/da, by/db), cy/dc) - .501, tl.maximum(tl.maximum(ay/da, by/db), cy/dc) - .499
+        whole = nearest < near
+        x0 = tl.where(whole, 0., tl.minimum(tl.maximum(tl.ceil(left), 0.), width)).to(tl.int32)
+        y0 = tl.where(whole, 0., tl.minimum(tl.maximum(tl.ceil(top), 0.), height)).to(tl.int32)
+        w = tl.where(whole, width - 1., tl.minimum(tl.maximum(tl.floor(right), -1.), width - 1)).to(tl.int32) - x0 + 1
+        h = tl.where(whole, height - 1., tl.minimum(tl.maximum(tl.floor(bottom), -1.), height - 1)).to(tl.int32) - y0 + 1
+        count = tl.where((w > 0) & (h > 0) & (farthest >= near), w*h, 0)
+        for first in range(0, count, BLOCK):
+            k = first + tl.arange(0, BLOCK)
+            col, row = x0 + k%w, y0 + k//w
+            x, y = col + .5, row + .5
+            aX, bX, cX = ax - aw*x, bx - bw*x, cx - cw*x
+            aY, bY, cY = ay - aw*y, by - bw*y, cy - cw*y
+            e0, e1, e2 = bX*cY - cX*bY, cX*aY - aX*cY, aX*bY - bX*aY
+            total = e0 + e1 + e2
+            depth = (e0*aw + e1*bw + e2*cw)/tl.where(total == 0, 1., total)
+            inside = ((e0 >= 0) & (e1 >= 0) & (e2 >= 0)) | ((e0 <= 0) & (e1 <= 0) & (e2 <= 0))
+            hit = (k < count) & inside & (total != 0) & (depth >= near)
+            key = (depth.to(tl.int32, bitcast=True).to(tl.int64) << 32) | f
+            tl.atomic_min(best_ptr + row*width + col, key, hit, sem='relaxed')
+    return zbuffer
+
+def _zbuffer_triton(screen, faces, height, width, near):
+    empty = torch.iinfo(torch.int64).max
+    best = torch.full((height, width), empty, device=screen.device)
+    with torch.cuda.device_of(screen):
+        if len(faces): _triton_kernel()[len(faces),](screen.contiguous(), faces.contiguous(), best, height, width, near, BLOCK=32, num_warps=1, enable_fp_fusion=False)
+    return torch.where(best == empty, -1, best & 0xffffffff)
+
+@cache
+def _has_triton(kind): # and it sees what torch sees
+    if pick_backend(kind) != 'triton': return False
+    some = torch.Generator().manual_seed(0)
+    screen = torch.rand(60, 3, generator=some)*torch.tensor([24., 24., 1.]) + torch.tensor([0., 0., .5])
+    screen, faces = screen.to(kind), torch.arange(60).view(20, 3).to(kind)
+    try: return (_zbuffer_triton(screen, faces, 16, 16, .01) != _zbuffer_torch(screen, faces, 16, 16, .01)).sum() <= 3
+    except Exception: return False
+
+# %% ../nbs/31_raster.ipynb #c805bffc
 @torch.no_grad()
 def visible_faces(
     screen: Tensor, # (V,3) from `to_screen`, or any homogeneous pixel coordinates
@@ -130,15 +184,17 @@ def visible_faces(
     height: int, # Pixels
     width: int, # Pixels
     near: float = .01, # Nothing nearer is seen
-    backend: str = 'auto', # 'torch' (any device), 'numba' (CPU); 'auto' takes the fastest
+    backend: str = 'auto', # 'torch' (any device), 'numba' (CPU), 'triton' (GPU); 'auto' takes the fastest
 ) -> Tensor: # (H,W) int64: the nearest triangle at each pixel's centre, -1 for none
     "Which triangle is seen at each pixel"
-    if backend == 'auto': backend = 'numba' if screen.device.type == 'cpu' and _has_numba() else 'torch'
-    if backend not in ('torch', 'numba'): raise ValueError(f"backend {backend!r} is none of 'auto', 'torch', 'numba'")
-    zbuffer = _zbuffer_numba if backend == 'numba' else _zbuffer_torch
-    return zbuffer(screen.detach().float(), faces.long(), height, width, near)
+    zbuffers = dict(torch=_zbuffer_torch, numba=_zbuffer_numba, triton=_zbuffer_triton)
+    if backend == 'auto':
+        if screen.device.type == 'cpu': backend = 'numba' if _has_numba() else 'torch'
+        else: backend = 'triton' if _has_triton(screen.device.type) else 'torch'
+    if backend not in zbuffers: raise ValueError(f"backend {backend!r} is none of 'auto', {', '.join(map(repr, zbuffers))}")
+    return zbuffers[backend](screen.detach().float(), faces.long(), height, width, near)
 
-# %% ../nbs/31_raster.ipynb #e3470d6e
+# %% ../nbs/31_raster.ipynb #76b19f6c
 @dataclass
 class Fragments:
     "The covered pixels of a picture, P of them, and what covers each"
@@ -177,7 +233,7 @@ def rasterize(
     vertices: Tensor, # (V,3), world space
     faces: Tensor, # (F,3)
     near: float = .01, # Nothing nearer is seen
-    backend: str = 'auto', # 'torch' (any device), 'numba' (CPU); 'auto' takes the fastest
+    backend: str = 'auto', # 'torch' (any device), 'numba' (CPU), 'triton' (GPU); 'auto' takes the fastest
 ) -> Fragments:
     "What of a mesh `camera` sees"
     screen = to_screen(camera, vertices)
@@ -209,7 +265,7 @@ def _unit(v): # shorter than a thousandth of the mean stays short, and so its gr
     length = v.norm(dim=1, keepdim=True)
     return v/length.clamp(min=1e-3*length.detach().mean())
 
-# %% ../nbs/31_raster.ipynb #fc8018b7
+# %% ../nbs/31_raster.ipynb #76678e60
 @torch.no_grad()
 def outline(
     screen: Tensor, # (V,3) from `to_screen`
@@ -219,12 +275,11 @@ def outline(
     V, after = len(screen), faces.roll(-1, 1)
     a, b, c = _corners(screen, faces).unbind(1)
     front = (a*torch.linalg.cross(b, c, dim=0)).sum(0) < 0
-    shows = torch.zeros(2, V, dtype=torch.bool, device=screen.device)
-    shows[0, faces[front].view(-1)] = True
-    shows[1, faces[~front].view(-1)] = True
+    shows = torch.zeros(2*V, dtype=torch.bool, device=screen.device)
+    shows.index_fill_(0, (faces + V*(~front)[:, None]).view(-1), True)
     gap = torch.zeros(V, dtype=torch.long, device=screen.device)
     gap.index_add_(0, faces.view(-1), (after**3 - faces.roll(1, 1)**3).view(-1))
-    turning = shows.all(0) | (gap != 0)
+    turning = shows.view(2, V).all(0) | (gap != 0)
     f, k = (turning[faces] & turning[after]).nonzero(as_tuple=True)
     i, j, front = faces[f, k], after[f, k], front[f]
     _, edge, sides = torch.unique(torch.minimum(i, j)*V + torch.maximum(i, j), return_inverse=True, return_counts=True)
@@ -232,7 +287,7 @@ def outline(
     keep = (sides == 1)[edge] | front & (fronts < sides)[edge]
     return torch.where(front[:, None], torch.stack([i, j], 1), torch.stack([j, i], 1))[keep]
 
-# %% ../nbs/31_raster.ipynb #b257a612
+# %% ../nbs/31_raster.ipynb #691f4720
 def _crossing(ends, steep, line):
     "How far along each edge it meets the centre of a scan line, and where on the line"
     xy = ends[..., :2]/ends[..., 2:]
@@ -252,14 +307,72 @@ def _scan_lines(ends, height, width):
     edge = torch.arange(len(ends), device=ends.device).repeat_interleave(count)
     return edge, first[edge] + torch.arange(len(edge), device=ends.device) - (count.cumsum(0) - count)[edge], steep[edge]
 
+@cache
+def _triton_crossings():
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(screen_ptr, edge_ptr, depth_ptr, slot_ptr, height, width, near, BLOCK: tl.constexpr):
+        s = tl.program_id(0)
+        i, j = tl.load(edge_ptr + 2*s), tl.load(edge_ptr + 2*s + 1)
+        iw, jw = tl.load(screen_ptr + 3*i + 2), tl.load(screen_ptr + 3*j + 2)
+        valid = (iw >= near) & (jw >= near)
+        ix, iy = tl.load(screen_ptr + 3*i)/iw, tl.load(screen_ptr + 3*i + 1)/iw
+        jx, jy = tl.load(screen_ptr + 3*j)/jw, tl.load(screen_ptr + 3*j + 1)/jw
+        steep = tl.abs(jy - iy) >= tl.abs(jx - ix)
+        a0, a1 = tl.where(steep, iy, ix), tl.where(steep, jy, jx)
+        c0, c1 = tl.where(steep, ix, iy), tl.where(steep, jx, jy)
+        left = tl.where(steep, jy < iy, jx > ix).to(tl.int32)
+        lines, room = tl.where(steep, height, width), tl.where(steep, width, height)
+        largest = tl.maximum(height, width)
+        b0, b1 = tl.minimum(tl.maximum(a0, -1.), largest + 1.), tl.minimum(tl.maximum(a1, -1.), largest + 1.)
+        first = tl.maximum(tl.ceil(tl.minimum(b0, b1) - .5), 0.).to(tl.int32)
+        last = tl.minimum(tl.maximum(tl.ceil(tl.maximum(b0, b1) - .5), 0.).to(tl.int32), lines)
+        last = tl.where(valid, last, first)
+        for start in range(first, last, BLOCK):
+            line = start + tl.arange(0, BLOCK)
+            share = (line + .5 - a0)/(a1 - a0)
+            across = c0 + share*(c1 - c0)
+            low = tl.minimum(tl.maximum(tl.floor(across - .5), -2.), largest).to(tl.int32)
+            exists = (line < last) & (low >= 0) & (low + 1 < room)
+            pixel = tl.where(steep, line*width + low, low*width + line)
+            beside = pixel + tl.where(steep, 1, width)
+            inside, outside = tl.where(left == 1, pixel, beside), tl.where(left == 1, beside, pixel)
+            behind = tl.load(depth_ptr + outside, exists, 0.)
+            here = tl.load(depth_ptr + inside, exists, 0.)
+            z = 1./(1./iw + share*(1./jw - 1./iw))
+            seen = exists & (z < behind) & (here < behind)
+            reach = tl.abs(across - low - 1.5 + left)
+            key = (reach.to(tl.int32, bitcast=True).to(tl.int64) << 32) | s
+            slot = pixel*4 + tl.where(steep, 2, 0) + left
+            tl.atomic_max(slot_ptr + slot, key, seen, sem='relaxed')
+    return kernel
+
+def _crossings_triton(screen, edges, depth, near):
+    height, width = depth.shape
+    slots = torch.full((4*height*width,), -1, dtype=torch.long, device=screen.device)
+    with torch.cuda.device_of(screen):
+        if len(edges): _triton_crossings()[len(edges),](screen.contiguous(), edges.contiguous(), depth.contiguous(), slots, height, width, near, BLOCK=16, num_warps=1)
+    at = (slots >= 0).nonzero()[:, 0]
+    pixel, steep, left = at//4, at & 2 != 0, at & 1
+    beside = pixel + torch.where(steep, 1, width)
+    line = torch.where(steep, pixel//width, pixel%width)
+    inside, outside = torch.where(left == 1, pixel, beside), torch.where(left == 1, beside, pixel)
+    return edges.index_select(0, slots.index_select(0, at) & 0xffffffff), steep, line, inside, outside
+
 @torch.no_grad()
 def outline_crossings(
     screen: Tensor, # (V,3) from `to_screen`
     edges: Tensor, # (S,2) from `outline`
     depth: Tensor, # (H,W): what is seen at each pixel, infinite where nothing is
     near: float = .01, # Nothing nearer is seen
+    backend: str = 'auto', # 'torch' (any device), 'triton' (GPU); 'auto' takes the fastest
 ) -> tuple[Tensor, ...]: # For each crossing: its edge (2,), whether that is steep, its scan line, the pixels inside and outside
     "Where a visible outline runs between the centres of two neighbouring pixels"
+    if backend == 'auto': backend = 'triton' if screen.is_cuda and _has_triton(screen.device.type) else 'torch'
+    if backend == 'triton': return _crossings_triton(screen.detach().float(), edges, depth, near)
     height, width = depth.shape
     edges = edges[(screen[edges, 2] >= near).all(1)]
     edge, line, steep = _scan_lines(screen[edges], height, width)
@@ -279,7 +392,7 @@ def outline_crossings(
     outermost = torch.ones_like(order, dtype=torch.bool)
     outermost[:-1] = pair[order].diff() != 0
     keep = order[outermost]
-    return tuple(o[keep] for o in (edges[edge], steep, line, inside, outside))
+    return tuple(o.index_select(0, keep) for o in (edges[edge], steep, line, inside, outside))
 
 # %% ../nbs/31_raster.ipynb #3243c514
 def antialias(

@@ -132,14 +132,14 @@ class PromptSettings(Settings):
     learned_embeds: str | None = setting(None, 'paper 2.2: textual inversion', 'File with a learned token for this photo')
     view_words: bool = setting(False, 'paper 2.2: one prompt for all views', "Add 'front view', 'side view', 'back view' to the prompt")
 
-# %% ../nbs/50_recipe.ipynb #fd46aac0
+# %% ../nbs/50_recipe.ipynb #4a98902b
 class PriorSettings(Settings):
     "Which diffusion models, and how hard they are asked"
     stable_diffusion: str = setting('stable-diffusion-v1-5/stable-diffusion-v1-5', 'paper 3.2: version 1.5',
         "2D prior: 'tiny' (embedded), a folder, or a hub id")
     zero123: str = setting('kxic/zero123-105000', 'paper 3.2: the 105,000 iterations version',
         "3D prior: 'tiny' (embedded), a folder, a .ckpt, or a hub id")
-    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: float16 on a GPU (as official code (main.py)), float32 else', 'Precision of the priors')
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: on a GPU bfloat16 where it is as fast as float16 (the official code), float32 else', 'Precision of the priors')
     speed: Literal['plain', 'graphs', 'compiled'] = setting('graphs', 'ours: see 49_fast_priors', "On a GPU: 'graphs' runs the priors from recordings, 'compiled' lets torch.compile rewrite them first (minutes, once)")
     guidance_2d: float = setting(100., 'paper 3.2', 'Classifier-free guidance of the 2D prior', ge=0, le=1000)
     guidance_3d: float = setting(5., 'paper 3.2', 'Classifier-free guidance of the 3D prior', ge=0, le=1000)
@@ -283,7 +283,7 @@ class Stage(Settings):
         scale = self.loss_scale_initial*2**(step//self.loss_scale_growth_interval)
         return {'2d': official_weight(self.weight_2d, 4*64*64, scale), '3d': official_weight(self.weight_3d, 4*32*32, scale)}
 
-# %% ../nbs/50_recipe.ipynb #5afd566a
+# %% ../nbs/50_recipe.ipynb #4c67c31d
 class Change(NamedTuple):
     "One setting that differs, and why"
     path: str
@@ -313,6 +313,7 @@ class Recipe(Settings):
     seed: int = setting(101, 'official code (main.py)', 'Where chance begins', ge=0, lt=2**63)
     device: str = setting('auto', 'ours', "'auto', 'cpu', 'cuda' or 'cuda:1'")
     threads: int | None = setting(None, 'ours: as torch decides', 'CPU threads', ge=1, le=1024)
+    low_memory: bool = setting(False, 'ours: for GPUs of 8 GiB', 'Compute some things twice and one after the other, instead of keeping them: slower, the same result')
     camera: CameraSettings = CameraSettings()
     photo: PhotoSettings = PhotoSettings()
     prompt: PromptSettings = PromptSettings()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COUNT', 'TRIANGLES', 'tet_lattice', 'case_triangles', 'crossed_edges', 'zero_crossings', 'marching_tets']
 
-# %% ../nbs/30_tets.ipynb #d194b26e
+# %% ../nbs/30_tets.ipynb #8b244dc8
+from functools import cache
 import torch
 from torch import Tensor
 
@@ -53,7 +54,10 @@ _cases = [case_triangles(tuple(bool(code>>c & 1) for c in range(4))) for code in
 COUNT = torch.tensor([len(c) for c in _cases]) # (16,): triangles of each case
 TRIANGLES = torch.tensor([(c + [[(0, 0)]*3]*2)[:2] for c in _cases]) # (16,2,3,2): their cut edges
 
-# %% ../nbs/30_tets.ipynb #2e57828e
+# %% ../nbs/30_tets.ipynb #40de9d87
+@cache
+def _tables(device): return torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=device), COUNT.to(device), TRIANGLES.to(device)
+
 @torch.no_grad()
 def crossed_edges(
     sdf: Tensor, # (V,), above 0 inside
@@ -65,9 +69,9 @@ def crossed_edges(
     four = corners.view(torch.int32)[:, 0]
     touched = ((four != 0) & (four != 0x01010101)).nonzero()[:, 0]
     tet = tets.index_select(0, touched).long()
-    code = (corners[touched]*corners.new_tensor([1, 2, 4, 8])).sum(1)
-    count, triangles = COUNT.to(sdf.device)[code], TRIANGLES.to(sdf.device)
-    second = count == 2
+    powers, count, triangles = _tables(sdf.device)
+    code = (corners[touched]*powers).sum(1)
+    second = (count[code] == 2).nonzero()[:, 0]
     cut = torch.cat([triangles[code, 0], triangles[code[second], 1]]).flatten(1)
     ends = torch.cat([tet, tet[second]]).gather(1, cut).view(-1, 3, 2)
     keys, faces = torch.unique(ends[..., 0]*len(sdf) + ends[..., 1], return_inverse=True)

@@ -134,17 +134,17 @@ class Orbit(anywidget.AnyWidget):
             self.seconds[title] = (time.perf_counter() - began)*(self.size/height)**2
         with self.hold_sync(): self.titles, self.frames = list(self.scenes), frames
 
-# %% ../nbs/62_viewer.ipynb #2ee5b167
+# %% ../nbs/62_viewer.ipynb #039282c6
 @lru_cache(16)
 def _scene(folder, stage, modified):
     job = Job.open(folder)
-    if stage == 'mesh': return load_mesh(job.folder/f'mesh.{job.recipe.export.formats[0]}').to(job.device)
+    if stage == 'mesh': return load_mesh(job.mesh).to(job.device)
     if stage == 'fine': return final_scene(folder)
     return load_scene(make_nerf(job.recipe), job.folder/'coarse').to(job.device)
 
 def _made(folder): # stage -> newest file
     job = Job.open(folder)
-    found = {s: max(job.folder.glob(f'{s}/step_*.json'), default=None) for s in ('coarse', 'fine')} | dict(mesh=job.folder/f'mesh.{job.recipe.export.formats[0]}')
+    found = {s: max(job.folder.glob(f'{s}/step_*.json'), default=None) for s in ('coarse', 'fine')} | dict(mesh=job.mesh)
     return {s: f for s, f in found.items() if f and f.is_file()}
 
 def scene_of(

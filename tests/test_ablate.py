@@ -206,3 +206,39 @@ def test_jobs_of_slurm(machine, tmp_path, monkeypatch):
     assert list(table.doubled) == [2, 4], (tmp_path/'job.log').read_text()
     job = (tmp_path/'job.sh').read_text()
     assert all(w in job for w in ('#SBATCH -p gpu', '--cpus-per-task=2', '--gres=gpu:1', '--nthreads 1', 'OMP_NUM_THREADS=2'))
+
+# rows, where there is little but torch
+
+def test_rows_shared_killed_and_taken_up(tmp_path):
+    from test_cli import disc
+    disc().save(tmp_path/'disc.png')
+    (tmp_path/'miniature.json').write_text(json.dumps(MINIATURE | dict(photo=dict(depth='none'))))
+    what = dict(objects=[str(tmp_path/'disc.png')], seeds=[1, 2, 3, 4], recipes=[str(tmp_path/'miniature.json')], settings=WITHOUT_PRIORS | {'export.formats': []})
+    (tmp_path/'discs.yaml').write_text(yaml.safe_dump(what))
+    python = [sys.executable, '-m', 'magic123.experiment']
+    printed = subprocess.run([*python, 'expand', str(tmp_path/'discs.yaml')], capture_output=True, text=True, check=True).stdout
+    (tmp_path/'jobs.json').write_text(printed)
+    out, claims = tmp_path/'rows.jsonl', tmp_path/'claims'
+    (tmp_path/'sitecustomize.py').write_text("import sys\nsys.modules.update(dict.fromkeys(['pandas', 'papermill', 'dask', 'distributed', 'IPython', 'nbformat']))")
+    bare = os.environ | dict(PYTHONPATH=f'{tmp_path}:{Path.cwd()}')
+    command = [*python, 'rows', str(tmp_path/'jobs.json'), '--claim', str(claims), '--out', str(out), '--pictures', str(tmp_path/'strips')]
+    first, second = (subprocess.Popen(command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2))
+    until(lambda: len(list(claims.glob('*.lock'))) >= 2, first)
+    first.kill()
+    assert second.wait(timeout=300) == 0, second.communicate()[0]
+    assert 'ModuleNotFound' not in second.communicate()[0]
+    subprocess.run(command + ['--processes', '2'], env=bare, check=True, timeout=300)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(r['seed'] for r in rows) == [1, 2, 3, 4] and not any('error' in r for r in rows), rows
+    assert {f'{r["name"]}.jpg' for r in rows} == {p.name for p in (tmp_path/'strips').iterdir()}
+    stamp = out.stat().st_mtime_ns
+    subprocess.run(command + ['--until', '0'], env=bare, check=True, timeout=300)
+    assert out.stat().st_mtime_ns == stamp
+
+def test_shipped_grids_expand():
+    from magic123.experiment import _pages, jobs
+    for path in (_pages()/'grids').glob('*.yaml'):
+        what = yaml.safe_load(path.read_text())
+        if what.get('notebook', '70_reconstruct') != '70_reconstruct' or any('*' in o for o in what.get('objects', [])): continue
+        made = jobs(path)
+        assert len(made) > 1 and all(j['image'].startswith('toybox:') for j in made), path
