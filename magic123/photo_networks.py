@@ -8,11 +8,11 @@ __all__ = ['DEPTH', 'MASK', 'SMALL', 'PHOTOGRAPHS', 'PARTS', 'build_depth', 'bui
            'random_shots', 'jpeg_traces', 'camera_traces', 'shadow', 'photograph', 'standardise', 'depth_target',
            'depth_loss', 'pearson', 'depth_batch', 'mask_batch', 'mask_loss', 'overlap', 'count_statistics', 'settled',
            'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining', 'build_networks',
-           'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card', 'save_networks', 'main']
+           'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card', 'save_networks']
 
-# %% ../nbs/46_photo_networks.ipynb #f0668f1a
+# %% ../nbs/46_photo_networks.ipynb #c5e92512
 import json, math, time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .show import UserError, atomic_write, default_device, save_png, strip
-from .tiny_priors import Job, Trainee, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, make_world, to_bytes, to_net
+from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, to_bytes, to_net
 from .toybox import SPLITS
 
 # %% ../nbs/46_photo_networks.ipynb #68977adf
@@ -506,14 +506,14 @@ def _shown(near, mask): # Grey inside the mask
     lo, hi = near[mask].min(), near[mask].max()
     return torch.where(mask, (near - lo)/(hi - lo).clamp(min=1e-6), 1.)[..., None].expand(-1, -1, 3)
 
-# %% ../nbs/46_photo_networks.ipynb #27daaf34
+# %% ../nbs/46_photo_networks.ipynb #8d18d611
 PARTS = {'depth': .6, 'mask': .4} # And their shares of the time
 
 @dataclass
 class PhotoTraining:
-    "A run of the trainer"
+    "Train the networks that give a photo its depth and mask"
     out: str = 'runs/photo_networks' # Folder for checkpoint, figures and sample sheets
-    resume: str = '' # Folder of an earlier run, or the one `save` wrote, to go on from
+    resume: str = '' # Folder of an earlier run, or the one `save_networks` wrote, to go on from
     part: str = 'depth,mask' # Or one of them
     seconds: float = 100. # Stop by then, figures included
     device: str = '' # 'cuda', 'cpu'; the best there is if empty
@@ -577,25 +577,18 @@ def load_network(
     from magic123.stable_diffusion import load_part
     return load_part(dict(depth=GLPNForDepthEstimation, mask=UNet2DModel)[name], Path(folder), device, torch.float32)
 
-# %% ../nbs/46_photo_networks.ipynb #b2c7c82f
+# %% ../nbs/46_photo_networks.ipynb #ffad7882
 def _asked_for(part):
     asked = part.split(',')
     if unknown := set(asked) - set(PARTS): raise UserError(f'No part is called {", ".join(sorted(unknown))}', f'Choose from {", ".join(PARTS)}')
     return [p for p in PARTS if p in asked]
-
-class _Log:
-    def __init__(self, state): self.begin, self.state = time.perf_counter(), state
-    def __call__(self, what, **values):
-        at = round(time.perf_counter() - self.begin, 1)
-        self.state.setdefault('log', []).append([at, what, values])
-        print(f'{at:7.1f} s  {what}  ' + '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in values.items()), flush=True)
 
 def train_photos(t: PhotoTraining) -> dict: # The state, as written to state.json
     "Train the parts asked for within `t.seconds`"
     parts = _asked_for(t.part)
     weights, state = load_checkpoint(t.resume) if t.resume else ({}, {})
     state |= dict(size=t.size, small=t.small)
-    log = _Log(state)
+    log = TrainingLog(state)
     device = torch.device(t.device or default_device())
     learnt, held_out = (photographs(known, t.photos) for known in (True, False))
     world = photo_world([*SPLITS['common'], *SPLITS['uncommon']], t.objects, workers=t.workers)
@@ -610,10 +603,8 @@ def train_photos(t: PhotoTraining) -> dict: # The state, as written to state.jso
         for i in range(0, t.backgrounds, 512)]) if 'mask' in parts else None
     log('pictures', count=t.pool, backgrounds=0 if behind is None else len(behind))
     nets = build_networks(t.small, t.size)
-    for name, net in nets.items():
-        own = {n[len(name)+1:]: w for n, w in weights.items() if n.startswith(f'{name}.')}
-        if own: net.load_state_dict(own)
-        net.to(device)
+    load_weights(nets, weights)
+    for net in nets.values(): net.to(device)
     if 'mask' in parts: fuse_norms(nets['mask'], t.triton and fused_norms_work(device))
     left = lambda: t.seconds - t.reserve - (time.perf_counter() - log.begin)
     for name in parts:
@@ -631,7 +622,7 @@ def train_photos(t: PhotoTraining) -> dict: # The state, as written to state.jso
     save_checkpoint(t.out, weights, state)
     return state
 
-# %% ../nbs/46_photo_networks.ipynb #de543384
+# %% ../nbs/46_photo_networks.ipynb #d0f0fcf1
 def model_card(
     name: str, # 'depth' or 'mask'
     state: dict, # From a checkpoint
@@ -656,7 +647,7 @@ license: apache-2.0
 # {text[0]}
 
 {text[1]}
-{parameters/1e6:.2f} million weights, float16. Written by `nbs/46_photo_networks.ipynb` (`python -m magic123.photo_networks train`, then `save`).
+{parameters/1e6:.2f} million weights, float16. Written by `nbs/46_photo_networks.ipynb` (`magic123 train-priors photos`).
 
 **Data.** {text[2]}. Seeds below 500,000.
 
@@ -683,10 +674,10 @@ def save_networks(
     weights, state = load_checkpoint(checkpoint)
     folder = Path(folder)
     size = state.get('size', 128)
-    for name, net in build_networks(state.get('small', False), size).items():
-        own = {n[len(name)+1:]: w for n, w in weights.items() if n.startswith(f'{name}.')}
-        if not own: continue
-        net.load_state_dict(own)
+    nets = build_networks(state.get('small', False), size)
+    load_weights(nets, weights)
+    for name in [n for n in nets if n in state]:
+        net = nets[name]
         with quiet():
             net.half().save_pretrained(folder/name)
             if name == 'depth': DPTImageProcessor(size=dict(height=size, width=size)).save_pretrained(folder/name)
@@ -694,21 +685,3 @@ def save_networks(
         (folder/name/'training.json').write_text(json.dumps({k: state[k] for k in ('size', 'small') if k in state} | {name: state[name], 'figures': figures}) + '\n')
         (folder/name/'README.md').write_text(model_card(name, state, sum(p.numel() for p in net.parameters())))
     return folder
-
-def main(
-    args: list[str] | None = None, # From the command line if None
-):
-    "`train` with the fields of `PhotoTraining`, or `save`"
-    from argparse import ArgumentParser, BooleanOptionalAction
-    parser = ArgumentParser('python -m magic123.photo_networks', description='Train the depth and mask networks, or write a checkpoint as folders')
-    parser.add_argument('action', choices=['train', 'save'])
-    for f in fields(PhotoTraining):
-        if f.type in (bool, 'bool'): parser.add_argument(f'--{f.name}', action=BooleanOptionalAction, default=f.default)
-        else: parser.add_argument(f'--{f.name.replace("_", "-")}', type=type(f.default), default=f.default)
-    given = vars(parser.parse_args(args))
-    if given.pop('action') == 'save': save_networks(given['resume'], given['out'])
-    else: train_photos(PhotoTraining(**given))
-
-# %% ../nbs/46_photo_networks.ipynb #9ee85334
-#| eval: false
-if __name__ == '__main__': main()

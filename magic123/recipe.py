@@ -111,7 +111,7 @@ def checked(
         raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found),
             'See `magic123 run --help` for every setting, its range and its default') from e
 
-# %% ../nbs/50_recipe.ipynb #d58c0eb3
+# %% ../nbs/50_recipe.ipynb #54804b65
 class CameraSettings(Settings):
     "Where the photo was taken from"
     polar: float = setting(90., 'paper 3.2', 'Degrees from straight above; 90 is level', ge=1, le=179)
@@ -123,7 +123,7 @@ class PhotoSettings(Settings):
     "How the photo becomes a reference"
     shape: Literal['pad', 'squash', 'crop'] = setting('pad', 'ours: keeps proportions', 'What to do with a photo that is not square')
     recentre: float = setting(0., 'ours: the camera is where the user says', "Move the object to the middle, its longer side this share of the frame; 0 leaves it", ge=0, le=1)
-    mask: str = setting('auto', 'paper 2.1: a segmentation network', "Foreground: 'auto', 'alpha', 'rembg', 'grabcut' or a file")
+    mask: str = setting('auto', 'paper 2.1: a segmentation network', "Foreground: 'auto', 'alpha', 'rembg', 'tiny', 'grabcut' or a file")
     depth: str = setting('auto', 'paper 2.1: MiDaS', "Depth: 'auto', 'sibling', 'dpt', 'dpt:FOLDER', 'tiny', 'none' or a file")
 
 class PromptSettings(Settings):
@@ -132,11 +132,11 @@ class PromptSettings(Settings):
     learned_embeds: str | None = setting(None, 'paper 2.2: textual inversion', 'File with a learned token for this photo')
     view_words: bool = setting(False, 'paper 2.2: one prompt for all views', "Add 'front view', 'side view', 'back view' to the prompt")
 
-# %% ../nbs/50_recipe.ipynb #4a98902b
+# %% ../nbs/50_recipe.ipynb #0c505bbf
 class PriorSettings(Settings):
     "Which diffusion models, and how hard they are asked"
     stable_diffusion: str = setting('stable-diffusion-v1-5/stable-diffusion-v1-5', 'paper 3.2: version 1.5',
-        "2D prior: 'tiny' (embedded), a folder, or a hub id")
+        "2D prior: 'tiny' (embedded), a folder, a checkpoint in one file, or a hub id")
     zero123: str = setting('kxic/zero123-105000', 'paper 3.2: the 105,000 iterations version',
         "3D prior: 'tiny' (embedded), a folder, a .ckpt, or a hub id")
     dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: on a GPU bfloat16 where it is as fast as float16 (the official code), float32 else', 'Precision of the priors')

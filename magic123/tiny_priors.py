@@ -13,11 +13,11 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode',
            'novel_views', 'text_to_image', 'standardise', 'depth_loss', 'train_depth', 'evaluate_depth', 'mean_psnr',
            'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training',
-           'train', 'measure', 'save_priors', 'model_card', 'load_priors', 'main']
+           'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
 
-# %% ../nbs/45_tiny_priors.ipynb #fa95de84
+# %% ../nbs/45_tiny_priors.ipynb #783ad1ac
 import json, math, re, time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -1039,10 +1039,10 @@ def load_weights(
         own = {n[len(name)+1:]: w for n, w in weights.items() if n.startswith(f'{name}.')}
         if own: net.load_state_dict(own)
 
-# %% ../nbs/45_tiny_priors.ipynb #ef3499ea
+# %% ../nbs/45_tiny_priors.ipynb #e5d9a2dc
 @dataclass
 class Training:
-    "A run of the trainer"
+    "Train the VAE, both diffusion priors and a small depth network"
     out: str = 'runs/tiny_priors' # Folder for checkpoint, figures and sample sheets
     resume: str = '' # Folder of an earlier run to go on from
     fresh: bool = False # Start the asked parts anew, though the others come from `resume`
@@ -1074,7 +1074,8 @@ def _asked_for(part):
     if unknown := set(asked) - set(PARTS): raise UserError(f'No part is called {", ".join(sorted(unknown))}', f'Choose from {", ".join(PARTS)} or all')
     return [p for p in PARTS if p in asked]
 
-class _Log:
+class TrainingLog:
+    "Prints what happens, and keeps it in the state"
     def __init__(self, state): self.begin, self.state = time.perf_counter(), state
     def __call__(self, what, **values):
         at = round(time.perf_counter() - self.begin, 1)
@@ -1088,7 +1089,7 @@ def train(t: Training) -> dict: # The state, as written to state.json
     if t.fresh:
         weights = {n: w for n, w in weights.items() if not any(n.split('.')[0] in NETS[p] for p in parts)}
         for p in parts: state.pop(p, None)
-    log = _Log(state)
+    log = TrainingLog(state)
     left = lambda: t.seconds - t.reserve - (time.perf_counter() - log.begin)
     words = state.setdefault('words', word_list([*vocabulary(), 'object, toy']))
     state['architecture'], ids = asdict(a), word_ids(words)
@@ -1186,7 +1187,7 @@ def measure(
         figures['text_to_image'] = text
     return figures
 
-# %% ../nbs/45_tiny_priors.ipynb #1d2d974f
+# %% ../nbs/45_tiny_priors.ipynb #18ddd883
 def _write_json(path, indent=2, **values):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=indent) + '\n')
@@ -1245,7 +1246,7 @@ license: apache-2.0
 # The tiny priors
 
 Four small networks of the toybox's world, in the layout of the large ones: a VAE (`vae`), a text-conditioned diffusion model (`stable_diffusion`), a view-conditioned one (`zero123`), a depth network (`depth`).
-{parameters/1e6:.1f} million weights in all, float16. Written by `nbs/45_tiny_priors.ipynb` (`python -m magic123.tiny_priors train`, then `save`).
+{parameters/1e6:.1f} million weights in all, float16. Written by `nbs/45_tiny_priors.ipynb` (`magic123 train-priors diffusion`).
 
 **Data.** Renders of procedural objects (`nbs/04_toybox.ipynb`), seeds below 500,000, 128 pixels, white background; nothing else. The 3D prior saw the common families only, the others the uncommon ones too.
 
@@ -1280,22 +1281,3 @@ def load_priors(
     models = {name: load_part(kind, folder/sub, device, dtype) for name, (kind, sub) in at.items()}
     width = models['unet_3d'].config.cross_attention_dim
     return models | dict(cc_projection=load_projection(folder/'zero123', width + 4, width, device, dtype))
-
-# %% ../nbs/45_tiny_priors.ipynb #78d3a3b6
-def main(
-    args: list[str] | None = None, # From the command line if None
-):
-    "`train` with the fields of `Training`, or `save`"
-    from argparse import ArgumentParser, BooleanOptionalAction
-    parser = ArgumentParser('python -m magic123.tiny_priors', description='Train the tiny priors, or write a checkpoint as folders')
-    parser.add_argument('action', choices=['train', 'save'])
-    for f in fields(Training):
-        if f.type in (bool, 'bool'): parser.add_argument(f'--{f.name}', action=BooleanOptionalAction, default=f.default)
-        else: parser.add_argument(f'--{f.name.replace("_", "-")}', type=type(f.default), default=f.default)
-    given = vars(parser.parse_args(args))
-    if given.pop('action') == 'save': save_priors(given['resume'], given['out'])
-    else: train(Training(**given))
-
-# %% ../nbs/45_tiny_priors.ipynb #9ee85334
-#| eval: false
-if __name__ == '__main__': main()
