@@ -191,7 +191,7 @@ def load_priors(
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
     return ready_priors(job.recipe, priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #76a1cfb1
+# %% ../nbs/53_image_to_mesh.ipynb #a22359b2
 @dataclass(repr=False)
 class Result:
     "What a run leaves behind"
@@ -227,6 +227,7 @@ def continue_run(
     job, team = Job.open(folder), join()
     if (job.folder/'metrics.json').is_file(): return finished(job)
     recipe, device = job.recipe, job.device
+    if device.index is not None: torch.cuda.set_device(device)
     if recipe.threads: torch.set_num_threads(recipe.threads)
     reference = kept_reference(job).to(device)
     prior = load_priors(job, reference, say if team.first else lambda text: None)

@@ -159,7 +159,7 @@ def make_adam(
     device = groups[0]['params'][0].device.type
     return torch.optim.Adam(groups, betas=(stage.beta1, stage.beta2), eps=stage.eps, fused=device in ('cpu', 'cuda'))
 
-# %% ../nbs/51_optimise.ipynb #489acd44
+# %% ../nbs/51_optimise.ipynb #29ff4ee6
 class Interrupted(KeyboardInterrupt):
     "Somebody asked the loop to stop, and it has saved its state"
 
@@ -212,7 +212,7 @@ class Run:
         step = self.progress.step
         weights, found = self.stage.loss_weights(step), {}
         self.adam.zero_grad()
-        for terms in parts:
+        for terms in filter(None, parts):
             sum(weights.get(k, 1.)*v for k, v in terms.items()).backward()
             for k, v in terms.items(): found[k] = v.detach().float() + found.get(k, 0.)
         read = lambda terms: dict(zip(terms, torch.stack(list(terms.values())).tolist())) if terms else {} # waits for the GPU

@@ -6,7 +6,7 @@
 __all__ = ['to_screen', 'edge_functions', 'visible_faces', 'Fragments', 'fragments', 'rasterize', 'interpolate', 'vertex_normals',
            'outline', 'outline_crossings', 'antialias']
 
-# %% ../nbs/31_raster.ipynb #d42b10b4
+# %% ../nbs/31_raster.ipynb #894bd038
 from dataclasses import dataclass
 from functools import cache
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera
-from .hashgrid import jit, numba_threads, pick_backend
+from .hashgrid import jit, numba_threads, pick_backend, trouble_with
 
 # %% ../nbs/31_raster.ipynb #1892fce6
 def to_screen(
@@ -70,7 +70,7 @@ def _zbuffer_torch(screen, faces, height, width, near, budget=1<<22):
         best.scatter_reduce_(0, (y*width + x)[hit], (depth[hit].view(torch.int32).long() << 32) | f[hit], 'amin')
     return torch.where(best == empty, -1, best & 0xffffffff).view(height, width)
 
-# %% ../nbs/31_raster.ipynb #e5eddf0b
+# %% ../nbs/31_raster.ipynb #4f0c75ce
 @cache
 def _numba_kernel():
     from numba import prange
@@ -168,15 +168,14 @@ def _zbuffer_triton(screen, faces, height, width, near):
     return torch.where(best == empty, -1, best & 0xffffffff)
 
 @cache
-def _has_triton(kind): # and it sees what torch sees
-    if pick_backend(kind) != 'triton': return False
+def _zbuffer_trouble(kind): # '' if Triton sees what torch sees
+    if pick_backend(kind) != 'triton': return 'no Triton'
     some = torch.Generator().manual_seed(0)
     screen = torch.rand(60, 3, generator=some)*torch.tensor([24., 24., 1.]) + torch.tensor([0., 0., .5])
     screen, faces = screen.to(kind), torch.arange(60).view(20, 3).to(kind)
-    try: return (_zbuffer_triton(screen, faces, 16, 16, .01) != _zbuffer_torch(screen, faces, 16, 16, .01)).sum() <= 3
-    except Exception: return False
+    return trouble_with(lambda: (_zbuffer_triton(screen, faces, 16, 16, .01) != _zbuffer_torch(screen, faces, 16, 16, .01)).sum() <= 3)
 
-# %% ../nbs/31_raster.ipynb #c805bffc
+# %% ../nbs/31_raster.ipynb #8f94038e
 @torch.no_grad()
 def visible_faces(
     screen: Tensor, # (V,3) from `to_screen`, or any homogeneous pixel coordinates
@@ -190,7 +189,7 @@ def visible_faces(
     zbuffers = dict(torch=_zbuffer_torch, numba=_zbuffer_numba, triton=_zbuffer_triton)
     if backend == 'auto':
         if screen.device.type == 'cpu': backend = 'numba' if _has_numba() else 'torch'
-        else: backend = 'triton' if _has_triton(screen.device.type) else 'torch'
+        else: backend = 'torch' if _zbuffer_trouble(screen.device.type) else 'triton'
     if backend not in zbuffers: raise ValueError(f"backend {backend!r} is none of 'auto', {', '.join(map(repr, zbuffers))}")
     return zbuffers[backend](screen.detach().float(), faces.long(), height, width, near)
 
@@ -287,7 +286,7 @@ def outline(
     keep = (sides == 1)[edge] | front & (fronts < sides)[edge]
     return torch.where(front[:, None], torch.stack([i, j], 1), torch.stack([j, i], 1))[keep]
 
-# %% ../nbs/31_raster.ipynb #691f4720
+# %% ../nbs/31_raster.ipynb #d599a07d
 def _crossing(ends, steep, line):
     "How far along each edge it meets the centre of a scan line, and where on the line"
     xy = ends[..., :2]/ends[..., 2:]
@@ -362,17 +361,7 @@ def _crossings_triton(screen, edges, depth, near):
     inside, outside = torch.where(left == 1, pixel, beside), torch.where(left == 1, beside, pixel)
     return edges.index_select(0, slots.index_select(0, at) & 0xffffffff), steep, line, inside, outside
 
-@torch.no_grad()
-def outline_crossings(
-    screen: Tensor, # (V,3) from `to_screen`
-    edges: Tensor, # (S,2) from `outline`
-    depth: Tensor, # (H,W): what is seen at each pixel, infinite where nothing is
-    near: float = .01, # Nothing nearer is seen
-    backend: str = 'auto', # 'torch' (any device), 'triton' (GPU); 'auto' takes the fastest
-) -> tuple[Tensor, ...]: # For each crossing: its edge (2,), whether that is steep, its scan line, the pixels inside and outside
-    "Where a visible outline runs between the centres of two neighbouring pixels"
-    if backend == 'auto': backend = 'triton' if screen.is_cuda and _has_triton(screen.device.type) else 'torch'
-    if backend == 'triton': return _crossings_triton(screen.detach().float(), edges, depth, near)
+def _crossings_torch(screen, edges, depth, near):
     height, width = depth.shape
     edges = edges[(screen[edges, 2] >= near).all(1)]
     edge, line, steep = _scan_lines(screen[edges], height, width)
@@ -393,6 +382,29 @@ def outline_crossings(
     outermost[:-1] = pair[order].diff() != 0
     keep = order[outermost]
     return tuple(o.index_select(0, keep) for o in (edges[edge], steep, line, inside, outside))
+
+@cache
+def _crossings_trouble(kind): # '' if Triton finds what torch finds
+    if pick_backend(kind) != 'triton': return 'no Triton'
+    some = torch.Generator().manual_seed(0)
+    screen = torch.rand(40, 3, generator=some)*torch.tensor([24., 24., 1.]) + torch.tensor([0., 0., .5])
+    depth = torch.rand(16, 16, generator=some) + .5
+    scene = screen.to(kind), torch.arange(40).view(20, 2).to(kind), depth.to(kind), .01
+    return trouble_with(lambda: abs(len(_crossings_triton(*scene)[0]) - len(_crossings_torch(*scene)[0])) <= 4)
+
+@torch.no_grad()
+def outline_crossings(
+    screen: Tensor, # (V,3) from `to_screen`
+    edges: Tensor, # (S,2) from `outline`
+    depth: Tensor, # (H,W): what is seen at each pixel, infinite where nothing is
+    near: float = .01, # Nothing nearer is seen
+    backend: str = 'auto', # 'torch' (any device), 'triton' (GPU); 'auto' takes the fastest
+) -> tuple[Tensor, ...]: # For each crossing: its edge (2,), whether that is steep, its scan line, the pixels inside and outside
+    "Where a visible outline runs between the centres of two neighbouring pixels"
+    if backend == 'auto': backend = 'torch' if _crossings_trouble(screen.device.type) else 'triton'
+    crossings = dict(torch=_crossings_torch, triton=_crossings_triton)
+    if backend not in crossings: raise ValueError(f"backend {backend!r} is none of 'auto', {', '.join(map(repr, crossings))}")
+    return crossings[backend](screen.detach().float(), edges, depth, near)
 
 # %% ../nbs/31_raster.ipynb #3243c514
 def antialias(

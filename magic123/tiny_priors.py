@@ -224,7 +224,7 @@ def _norm_kernels():
             if act: y = y/(1 + tl.exp(-y))
         tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
-# %% ../nbs/45_tiny_priors.ipynb #c6cdea26
+# %% ../nbs/45_tiny_priors.ipynb #40cbf17c
 def _launch(x):
     _norm_kernels()
     n, C, h, w = x.shape
@@ -236,20 +236,20 @@ def _launch(x):
 def _sums_of(x, dy, scale, shift, act, slope):
     n, pixels, C, CP, rows, splits = _launch(x)
     out = x.new_empty((n, splits, 2, C), dtype=torch.float32)
-    _sums[n, splits](x, dy, scale, shift, out, pixels, C, CP, rows, splits, act, slope)
+    with torch.cuda.device_of(x): _sums[n, splits](x, dy, scale, shift, out, pixels, C, CP, rows, splits, act, slope)
     return out
 
 def _tables_of(parts, weight, bias, stats, pixels, eps, slope):
     n, splits, _, C = parts.shape
     size = C//stats.shape[1]
     out, width = parts.new_empty((4 if slope else 2, n, C)), triton.next_power_of_2(size)
-    _tables[n, stats.shape[1]](parts, weight, bias, stats, *(out if slope else (*out, *out)), pixels*size, eps, splits, C, size, width, max(1024//width, 1), slope)
+    with torch.cuda.device_of(parts): _tables[n, stats.shape[1]](parts, weight, bias, stats, *(out if slope else (*out, *out)), pixels*size, eps, splits, C, size, width, max(1024//width, 1), slope)
     return out
 
 def _affine_of(x, dy, scale, shift, B, D, act, slope):
     n, pixels, C, CP, rows, _ = _launch(x)
     out = torch.empty_like(x)
-    _affine[n, triton.cdiv(pixels, rows)](x, dy, scale, shift, B, D, out, pixels, C, CP, rows, act, slope)
+    with torch.cuda.device_of(x): _affine[n, triton.cdiv(pixels, rows)](x, dy, scale, shift, B, D, out, pixels, C, CP, rows, act, slope)
     return out
 
 class GroupNormAct(torch.autograd.Function):

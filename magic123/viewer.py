@@ -234,7 +234,7 @@ def dial(
     traitlets.link((what, 'value'), (orbit, 'what'))
     return widgets.VBox([widgets.HBox([knob, what]), orbit, numbers])
 
-# %% ../nbs/62_viewer.ipynb #6ba3983a
+# %% ../nbs/62_viewer.ipynb #58606bf0
 def read_log(
     folder: str | Path, # A run
 ) -> list[dict]: # A step each
@@ -281,8 +281,8 @@ class Live(widgets.VBox):
 
     def refresh(self):
         "Look again"
+        ended = (self.folder/'metrics.json').is_file() # asked first: what is read after it is complete
         log, picture = read_log(self.folder), newest_preview(self.folder)
-        ended = (self.folder/'metrics.json').is_file()
         self.plot.value = _jpeg(curves(log))
         if picture: self.preview.value = picture.read_bytes()
         self.words.value = f'{log[-1]["stage"]} step {log[-1]["step"]}{", done" if ended else ""}' if log else 'nothing yet'
