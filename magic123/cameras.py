@@ -52,7 +52,7 @@ def orbit(cls: Camera,
     c2w[:3] = torch.stack([right, back.cross(right, dim=0), back, radius*back], 1)
     return cls(c2w.float(), float(fovy), int(height), int(height if width is None else width))
 
-# %% ../nbs/01_cameras.ipynb #86e24be9
+# %% ../nbs/01_cameras.ipynb #679dd1a2
 @patch
 def resized(self: Camera,
     height: int, # Pixels
@@ -66,7 +66,7 @@ def to(self: Camera,
     device, # Where the pose should be
 ) -> Camera:
     "The same camera, its pose on `device`"
-    return replace(self, c2w=self.c2w.to(device))
+    return replace(self, c2w=self.c2w.to(device, non_blocking=torch.device(device).type == 'cuda')) # sixteen numbers are not worth waiting for
 
 # %% ../nbs/01_cameras.ipynb #7ad501a5
 @patch(as_prop=True)

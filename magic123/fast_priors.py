@@ -21,7 +21,7 @@ from .show import UserError
 from .stable_diffusion import Condition, LatentDiffusion, LatentPrior
 from .tiny_priors import fuse_norms, fused_norms_work
 
-# %% ../nbs/49_fast_priors.ipynb #4620aec6
+# %% ../nbs/49_fast_priors.ipynb #99bb929e
 class PlainAttention:
     "An attention processor for diffusers: a picture attends to itself, by plain matrix products"
     def __call__(self, attn, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor: # (B,C,H,W)
@@ -34,8 +34,8 @@ class PlainAttention:
 def _resnets_are_plain(net):
     from diffusers.models.resnet import ResnetBlock2D
     found = [m for m in net.modules() if isinstance(m, ResnetBlock2D)]
-    return all(m.output_scale_factor == 1 and m.time_embedding_norm == 'default' and not (m.up or m.down or m.skip_time_act)
-        and isinstance(m.nonlinearity, nn.SiLU) for m in found)
+    return all(m.output_scale_factor == 1 and (m.time_embedding_norm == 'default' or m.time_emb_proj is None)
+        and not (m.up or m.down or m.skip_time_act) and isinstance(m.nonlinearity, nn.SiLU) for m in found)
 
 def lean(
     net: nn.Module, # A diffusers UNet or VAE, changed in place

@@ -37,7 +37,7 @@ def blob(
     "A Gaussian at the origin"
     return density*torch.exp(-x.square().sum(-1)/(2*radius**2))
 
-# %% ../nbs/21_field.ipynb #15ec5973
+# %% ../nbs/21_field.ipynb #79910aa2
 def _recall(field, _): field.active_levels = int(field._active)
 
 class Field(nn.Module):
@@ -107,11 +107,11 @@ class Field(nn.Module):
 
     def _ends(self, x, eps):
         step = eps*torch.eye(3, device=x.device, dtype=x.dtype)
-        return (x[:, None] + torch.cat([step, -step])).clamp(-1, 1).view(-1, 3)
+        return (x + torch.cat([step, -step])[:, None]).clamp(-1, 1).view(-1, 3) # neighbours of neighbours stay neighbours, which the grid likes
 
     def _fall(self, density):
-        ahead, behind = density.view(-1, 2, 3).unbind(1)
-        return F.normalize(behind - ahead, dim=-1, eps=1e-10)
+        ahead, behind = density.view(2, 3, -1)
+        return F.normalize((behind - ahead).t(), dim=-1, eps=1e-10)
 
     def around(self,
         x: Tensor, # (N,3)

@@ -6,8 +6,9 @@
 __all__ = ['photo_terms', 'jitter', 'novel_look', 'view_terms', 'step_terms', 'Progress', 'save_checkpoint', 'load_checkpoint',
            'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
 
-# %% ../nbs/51_optimise.ipynb #767bac3e
+# %% ../nbs/51_optimise.ipynb #2fe6feaa
 import json, math, signal, threading, time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +37,7 @@ def photo_terms(
     if reference.depth is not None: terms['depth'] = depth_loss(view.depth, reference.depth, reference.mask)
     return terms
 
-# %% ../nbs/51_optimise.ipynb #ac0fba54
+# %% ../nbs/51_optimise.ipynb #064e5604
 def jitter(
     camera: Camera,
     amount: float, # Standard deviation, in scene units (official code: 1e-3)
@@ -44,7 +45,7 @@ def jitter(
 ) -> Camera: # Its third axis is no longer quite of unit length
     "The same view from a slightly wrong pose"
     if not amount: return camera
-    shift, tilt = amount*torch.randn(2, 3, generator=generator).to(camera.c2w)
+    shift, tilt = amount*torch.randn(2, 3, generator=generator).to(camera.c2w, non_blocking=camera.c2w.is_cuda)
     c2w = camera.c2w.clone()
     c2w[:3, 3] += shift
     c2w[:3, 2] -= tilt
@@ -159,7 +160,7 @@ def make_adam(
     device = groups[0]['params'][0].device.type
     return torch.optim.Adam(groups, betas=(stage.beta1, stage.beta2), eps=stage.eps, fused=device in ('cpu', 'cuda'))
 
-# %% ../nbs/51_optimise.ipynb #29ff4ee6
+# %% ../nbs/51_optimise.ipynb #f119757e
 class Interrupted(KeyboardInterrupt):
     "Somebody asked the loop to stop, and it has saved its state"
 
@@ -178,6 +179,8 @@ class Run:
         self.generator, self.adam, self.progress = torch.Generator().manual_seed(seed), make_adam(scene, stage), Progress()
         self.params = [p for g in self.adam.param_groups for p in g['params']]
         self.average = None if stage.ema_decay is None else [p.detach().clone() for p in self.params]
+        self.ahead = self.team.size == 1 and self.params[0].is_cuda # Whether to launch a step before the last one's numbers are read
+        self.pending = deque() # Steps whose numbers have not been read
         if self.team.agree(not self.restore()): # nobody writes before all have looked
             self.progress.log_bytes = self.log.stat().st_size if self.log.exists() else 0
             self.team.share(list(scene.state_dict().values()))
@@ -207,7 +210,7 @@ class Run:
         if chance: self.generator.set_state(tensors['rng'])
         return True
 
-    def update(self, parts: Iterable[dict[str, Tensor]]) -> dict[str, float]: # Every term, as a number, and the gradient's length
+    def update(self, parts: Iterable[dict[str, Tensor]]):
         "Weigh, add up, go back to the parameters view by view, check, one step of Adam"
         step = self.progress.step
         weights, found = self.stage.loss_weights(step), {}
@@ -215,31 +218,44 @@ class Run:
         for terms in filter(None, parts):
             sum(weights.get(k, 1.)*v for k, v in terms.items()).backward()
             for k, v in terms.items(): found[k] = v.detach().float() + found.get(k, 0.)
-        read = lambda terms: dict(zip(terms, torch.stack(list(terms.values())).tolist())) if terms else {} # waits for the GPU
-        length = lambda: dict(gradient=nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None]))
-        if self.team.size == 1: values = read(found | length() if found else {})
-        else:
-            values = self.team.add_up(read(found), self.params)
-            if values: values |= read(length())
-        if good := all(map(math.isfinite, values.values())):
-            for g in self.adam.param_groups: g['lr'] = g['full_lr']*self.stage.rate(step)*self.progress.lr_scale
-            self.adam.step()
+        if self.team.size > 1: found = {k: torch.tensor(v, device=self.params[0].device) for k, v in self.team.add_up({k: v.item() for k, v in found.items()}, self.params).items()}
+        if found: found['gradient'] = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        numbers, read = torch.stack(list(found.values())) if found else torch.zeros(0), None
+        good = numbers.isfinite().all()
+        for g in self.adam.param_groups: g['lr'] = g['full_lr']*self.stage.rate(step)*self.progress.lr_scale
+        if self.ahead: self.adam.found_inf = (~good).float() # It decides when it gets there
+        if self.ahead or good: self.adam.step()
+        if numbers.is_cuda:
+            numbers, read = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True), torch.cuda.Event()
+            read.record()
         self.progress.step += 1
-        self.progress.skipped += not good
-        self.progress.in_a_row = 0 if good else self.progress.in_a_row + 1
-        return values
+        self.pending.append((self.progress.step, list(found), numbers, read))
+
+    def read(self,
+        wait: bool = True, # Until all is known; or leave the last step be, if the GPU is still busy with it
+    ) -> list[tuple[int, dict[str, float]]]: # For each step: how many were done with it; every term, as a number, and the gradient's length
+        "The numbers of the steps that were taken since this was asked"
+        known = []
+        while len(self.pending) > (self.ahead and not wait):
+            step, names, numbers, written = self.pending.popleft()
+            if written: written.synchronize()
+            values = dict(zip(names, numbers.tolist()))
+            good = all(map(math.isfinite, values.values()))
+            self.progress.skipped += not good
+            self.progress.in_a_row = 0 if good else self.progress.in_a_row + 1
+            known.append((step, values))
+        return known
 
     def advance(self,
         photo, # The `Reference`, at the size that the stage looks at it
         prior, # A `JointPrior`, or anything with its `terms`; None for nothing
         novel: NovelSettings = NovelSettings(), # Where novel views are taken from
-    ) -> dict[str, float]: # As `update`
+    ):
         "One step, whole"
         step = self.progress.step
         self.scene.prepare(step, self.stage.steps, self.generator)
-        values = self.update(step_terms(self.scene, photo, prior, self.stage, novel, step, self.generator, self.team))
+        self.update(step_terms(self.scene, photo, prior, self.stage, novel, step, self.generator, self.team))
         if self.average is not None and self.progress.step % self.stage.ema_interval == 0: self.take_average()
-        return values
 
     def take_average(self):
         "Let the moving average follow, slowly once it has seen enough"
@@ -256,13 +272,14 @@ class Run:
                 'Lower the learning rates (lr) or the weight of that loss; the last good checkpoint is kept')
         kept = dict(skipped=self.progress.skipped, log_bytes=self.progress.log_bytes)
         self.restore(chance=False)
+        self.pending.clear()
         self.progress = replace(self.progress, rollbacks=rollbacks, lr_scale=lr_scale, **kept)
 
-    def write_log(self, values: dict[str, float], ms: float):
+    def write_log(self, step: int, values: dict[str, float], ms: float):
         "One line, and all lines of steps that were lost are gone"
         if not self.team.first: return
         p = self.progress
-        line = json.dumps(dict(stage=self.folder.name, step=p.step, **values, lr_scale=p.lr_scale, skipped=p.skipped, ms=round(ms, 1)))
+        line = json.dumps(dict(stage=self.folder.name, step=step, **values, lr_scale=p.lr_scale, skipped=p.skipped, ms=round(ms, 1)))
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, 'ab') as f:
@@ -300,7 +317,7 @@ def preview(
     rows = [[v.rgb for v in views], [normal_to_rgb(v.normal, v.alpha) for v in views], [depth_to_rgb(v.depth, v.alpha) for v in views]]
     return strip(rows)
 
-# %% ../nbs/51_optimise.ipynb #8a3a58af
+# %% ../nbs/51_optimise.ipynb #cc1a3291
 def optimise(
     scene: Scene, # What to improve
     reference, # What to resemble: a `Reference`
@@ -319,16 +336,20 @@ def optimise(
     with interruptible() as asked:
         while run.progress.step < stage.steps:
             began = time.perf_counter()
-            values = run.advance(photo, prior, novel)
-            run.progress.seconds += time.perf_counter() - began
-            run.write_log(values, 1000*(time.perf_counter() - began))
+            run.advance(photo, prior, novel)
+            due = run.progress.step == stage.steps or run.progress.step % stage.checkpoint_interval == 0
+            known = run.read(wait=due)
+            spent = time.perf_counter() - began
+            run.progress.seconds += spent
+            for step, values in known: run.write_log(step, values, 1000*spent/len(known))
             if run.progress.in_a_row >= stage.patience: run.go_back(values)
             done = run.progress.step
             if run.team.first and (done % stage.preview_interval == 0 or done == stage.steps):
                 with atomic_write(run.folder/f'preview_{done:07d}.png') as tmp: preview(scene, photo.camera).image.save(tmp)
-            if on_step: on_step(run.progress, values)
-            stop = run.team.agree(bool(asked))
-            if done == stage.steps or not run.progress.in_a_row and (done % stage.checkpoint_interval == 0 or stop): run.save()
+            for _, values in known if on_step else (): on_step(run.progress, values)
+            if stop := run.team.agree(bool(asked)):
+                for step, values in run.read(): run.write_log(step, values, 1000*spent)
+            if done == stage.steps or (due or stop) and not run.progress.in_a_row: run.save()
             if stop: raise Interrupted(f'Stopped after step {done} of {stage.steps}; the state is in {folder}')
     if run.average is not None:
         with torch.no_grad():

@@ -70,7 +70,7 @@ def _zbuffer_torch(screen, faces, height, width, near, budget=1<<22):
         best.scatter_reduce_(0, (y*width + x)[hit], (depth[hit].view(torch.int32).long() << 32) | f[hit], 'amin')
     return torch.where(best == empty, -1, best & 0xffffffff).view(height, width)
 
-# %% ../nbs/31_raster.ipynb #4f0c75ce
+# %% ../nbs/31_raster.ipynb #efd02ff5
 @cache
 def _numba_kernel():
     from numba import prange
@@ -145,7 +145,8 @@ def _triton_kernel():
         w = tl.where(whole, width - 1., tl.minimum(tl.maximum(tl.floor(right), -1.), width - 1)).to(tl.int32) - x0 + 1
         h = tl.where(whole, height - 1., tl.minimum(tl.maximum(tl.floor(bottom), -1.), height - 1)).to(tl.int32) - y0 + 1
         count = tl.where((w > 0) & (h > 0) & (farthest >= near), w*h, 0)
-        for first in range(0, count, BLOCK):
+        first = 0
+        while first < count:
             k = first + tl.arange(0, BLOCK)
             col, row = x0 + k%w, y0 + k//w
             x, y = col + .5, row + .5
@@ -158,6 +159,7 @@ def _triton_kernel():
             hit = (k < count) & inside & (total != 0) & (depth >= near)
             key = (depth.to(tl.int32, bitcast=True).to(tl.int64) << 32) | f
             tl.atomic_min(best_ptr + row*width + col, key, hit, sem='relaxed')
+            first += BLOCK
     return zbuffer
 
 def _zbuffer_triton(screen, faces, height, width, near):
@@ -286,7 +288,7 @@ def outline(
     keep = (sides == 1)[edge] | front & (fronts < sides)[edge]
     return torch.where(front[:, None], torch.stack([i, j], 1), torch.stack([j, i], 1))[keep]
 
-# %% ../nbs/31_raster.ipynb #d599a07d
+# %% ../nbs/31_raster.ipynb #2f6f7dee
 def _crossing(ends, steep, line):
     "How far along each edge it meets the centre of a scan line, and where on the line"
     xy = ends[..., :2]/ends[..., 2:]
@@ -330,8 +332,8 @@ def _triton_crossings():
         first = tl.maximum(tl.ceil(tl.minimum(b0, b1) - .5), 0.).to(tl.int32)
         last = tl.minimum(tl.maximum(tl.ceil(tl.maximum(b0, b1) - .5), 0.).to(tl.int32), lines)
         last = tl.where(valid, last, first)
-        for start in range(first, last, BLOCK):
-            line = start + tl.arange(0, BLOCK)
+        while first < last:
+            line = first + tl.arange(0, BLOCK)
             share = (line + .5 - a0)/(a1 - a0)
             across = c0 + share*(c1 - c0)
             low = tl.minimum(tl.maximum(tl.floor(across - .5), -2.), largest).to(tl.int32)
@@ -347,6 +349,7 @@ def _triton_crossings():
             key = (reach.to(tl.int32, bitcast=True).to(tl.int64) << 32) | s
             slot = pixel*4 + tl.where(steep, 2, 0) + left
             tl.atomic_max(slot_ptr + slot, key, seen, sem='relaxed')
+            first += BLOCK
     return kernel
 
 def _crossings_triton(screen, edges, depth, near):

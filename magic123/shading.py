@@ -67,7 +67,7 @@ def shade(
     lit = ambient + (1 - ambient)*(normal @ light.to(normal)).clamp(min=0)[..., None]
     return lit*albedo if mode == 'lambertian' else lit.expand_as(normal)
 
-# %% ../nbs/02_shading.ipynb #fc96b769
+# %% ../nbs/02_shading.ipynb #6a9a1a03
 @dataclass(frozen=True, eq=False)
 class Shading:
     "How to light one picture"
@@ -87,7 +87,7 @@ class Shading:
         camera: Camera, # Where the light is, if nowhere else
     ) -> Tensor: # (3,), unit length, on the camera's device
         "Unit vector from the object to the light"
-        return F.normalize(camera.origin if self.light is None else self.light.to(camera.c2w), dim=0)
+        return F.normalize(camera.origin if self.light is None else self.light.to(camera.c2w, non_blocking=camera.c2w.is_cuda), dim=0)
 
 # %% ../nbs/02_shading.ipynb #e02947f7
 @runtime_checkable

@@ -148,7 +148,7 @@ def kind_of(stage, step: int) -> str:
     "What a step looks at"
     return {(True, False): 'reference', (False, True): 'novel'}.get(stage.views(step), 'both')
 
-# %% ../nbs/63_speed.ipynb #5d067f80
+# %% ../nbs/63_speed.ipynb #adb88020
 PHASES = 'prepare', 'render', 'prior', 'backward', 'optimiser'
 
 @contextmanager
@@ -157,7 +157,7 @@ def phases(
     prior, # A `JointPrior` or None
 ): # Phase -> milliseconds of every call so far
     "Wait for the GPU before and after each phase of a step, and note how long it took"
-    spent, device = {name: [] for name in PHASES}, run.params[0].device
+    spent, device, ahead = {name: [] for name in PHASES}, run.params[0].device, run.ahead
     def timed(name, f):
         def g(*args, **kwargs):
             wait(device)
@@ -170,9 +170,11 @@ def phases(
     scene, backward = run.scene, Tensor.backward
     places = [(scene, 'prepare', 'prepare'), (scene, 'render', 'render'), (run.adam, 'step', 'optimiser')] + [(prior, 'terms', 'prior')]*(prior is not None)
     for owner, attribute, name in places: object.__setattr__(owner, attribute, timed(name, getattr(owner, attribute)))
+    run.ahead = False
     try:
         with mocked.object(Tensor, 'backward', timed('backward', backward)): yield spent
     finally:
+        run.ahead = ahead
         for owner, attribute, _ in places: object.__delattr__(owner, attribute)
 
 def run_steps(
@@ -190,12 +192,12 @@ def run_steps(
     wait(device)
     began = last = time.perf_counter()
     while len(out) < steps and last - began < seconds:
-        kind, update = kind_of(run.stage, run.progress.step), getattr(run.scene, 'occupancy_interval', 0)
-        update = update and run.progress.step % update == 0
         run.advance(photo, prior, recipe.novel)
-        now = time.perf_counter()
-        out.append((kind + ' with update'*bool(update), 1000*(now - last)))
-        last = now
+        for step, _ in run.read(wait=False):
+            kind, update, now = kind_of(run.stage, step - 1), getattr(run.scene, 'occupancy_interval', 0), time.perf_counter()
+            out.append((kind + ' with update'*bool(update and (step - 1) % update == 0), 1000*(now - last)))
+            last = now
+    run.read()
     return out
 
 # %% ../nbs/63_speed.ipynb #3738c4ec
@@ -221,7 +223,7 @@ def gpu_work(
     return dict(kernels=round(sum(n for n, _ in kernels.values())/times), busy_ms=round(sum(us for _, us in kernels.values())/times/1000, 3),
         calls={k: round(n/times, 1) for k, n in launches.items()}, longest={name[:90]: [round(n/times, 1), round(us/times/1000, 3)] for name, (n, us) in longest})
 
-# %% ../nbs/63_speed.ipynb #fac6a657
+# %% ../nbs/63_speed.ipynb #41aaea80
 def project(
     recipe: Recipe,
     name: str, # Of the stage
@@ -274,6 +276,7 @@ def measure_stage(
         at = parts[-1][0]
         if cuda:
             out.update(peak_allocated_gib=round(torch.cuda.max_memory_allocated()/2**30, 3), peak_reserved_gib=round(torch.cuda.max_memory_reserved()/2**30, 3))
+            run.ahead = False
             for kind in ('reference', 'novel', 'both'):
                 here = next((s for s in range(at, at + 64) if kind_of(stage, s) == kind and s % 16), None)
                 if here is not None: out['gpu'][kind] = gpu_work(lambda: run_steps(run, photo, prior, recipe, here, 1))

@@ -224,13 +224,13 @@ def _norm_kernels():
             if act: y = y/(1 + tl.exp(-y))
         tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
-# %% ../nbs/45_tiny_priors.ipynb #40cbf17c
+# %% ../nbs/45_tiny_priors.ipynb #cf89d6fb
 def _launch(x):
     _norm_kernels()
     n, C, h, w = x.shape
     CP = triton.next_power_of_2(C)
     rows = max(4096//CP, 1)
-    splits = max(min(triton.cdiv(h*w, rows), triton.cdiv(1024, n)), 1)
+    splits = max(min(triton.cdiv(h*w, 4*rows), triton.cdiv(1024, n)), 1)
     return n, h*w, C, CP, rows, splits
 
 def _sums_of(x, dy, scale, shift, act, slope):
