@@ -10,16 +10,15 @@ __all__ = ['DEPTH', 'MASK', 'SMALL', 'PHOTOGRAPHS', 'PARTS', 'build_depth', 'bui
            'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining', 'build_networks',
            'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card', 'save_networks']
 
-# %% ../nbs/46_photo_networks.ipynb #c5e92512
+# %% ../nbs/46_photo_networks.ipynb #662cc7bf
 import json, math, time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .show import UserError, atomic_write, default_device, save_png, strip
+from .show import UserError, atomic_write, default_device, save_png
 from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, to_bytes, to_net
 from .toybox import SPLITS
 
@@ -84,7 +83,7 @@ def photographs(
         out.append(torch.tensor(np.array(img)).permute(2, 0, 1))
     return out
 
-# %% ../nbs/46_photo_networks.ipynb #1cfc7a18
+# %% ../nbs/46_photo_networks.ipynb #23e449e1
 def _uniform(lo, hi, *shape, device): return lo + (hi - lo)*torch.rand(*shape, device=device)
 
 def cutouts(
@@ -144,7 +143,7 @@ def boxes(
     "A random upright rectangle in each"
     t = torch.linspace(0, 1, size, device=device)
     def inside():
-        mid, half = _uniform(-.1, 1.1, 2, n, 1, device=device)[0], _uniform(.03, .4, n, 1, device=device)
+        mid, half = _uniform(-.1, 1.1, n, 1, device=device), _uniform(.03, .4, n, 1, device=device)
         return ((t - mid).abs() < half).float()
     return (inside()[:, None, :, None]*inside()[:, None, None, :])
 
@@ -441,7 +440,7 @@ def train_network(
     trainee.use_average()
     return settled(name, net, (draw()[0].float() for _ in range(24))), run
 
-# %% ../nbs/46_photo_networks.ipynb #566ad529
+# %% ../nbs/46_photo_networks.ipynb #e1f9083e
 @dataclass
 class Exam:
     "What the networks are measured on"
@@ -451,22 +450,21 @@ class Exam:
     behind: Tensor # Backgrounds from photographs never learnt, uint8 (N,3,S,S)
 
 def make_exam(
+    photos: list[Tensor], # From `photographs(False)`
     count: int = 192, # Toys
     size: int = 128,
     device: torch.device | str = 'cpu',
-    photos: list[Tensor] | None = None, # From `photographs(False)`
-    workers: int = 0,
+    workers: int = 0, # Processes that build toys
 ) -> Exam:
     "The same for everyone who asks"
     known, unseen = (photo_world(f, count, VALIDATION_SEED, workers) for f in ([*SPLITS['common'], *SPLITS['uncommon']], SPLITS['unseen']))
     def shots(world, view):
         n = torch.arange(count, device=device)
         return take_shots(world.to(device), n, n*0 + view, size)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
     each = -(-count//len(photos))
-    behind = torch.stack([c for p in photos for c in cutouts(p/255, each, size)])[torch.randperm(each*len(photos))[:count]]
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        behind = torch.stack([c for p in photos for c in cutouts(p/255, each, size)])[torch.randperm(each*len(photos))[:count]]
     return Exam(shots(known, 0), shots(known, 3), shots(unseen, 0), (behind*255).to(torch.uint8).to(device))
 
 @torch.no_grad()
@@ -493,8 +491,9 @@ def measure(
             figures[f'depth_{where}'] = pearson(told, shots.depth).mean().item()
             rows += [[*(shots.rgb[:12]/255)], *([_shown(d, m) for d, m in zip(v[:12], shots.depth > .5)] for v in (told, depth_target(shots.depth)))]
         if 'mask' in nets and where != 'around':
-            torch.manual_seed(0)
-            photo, alpha = photograph(shots.rgb, shots.alpha, exam.behind), shots.alpha/255
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                photo, alpha = photograph(shots.rgb, shots.alpha, exam.behind), shots.alpha/255
             told = answers(mask_logit, nets['mask'], 2*photo - 1)
             found = overlap(told, alpha)
             figures |= {f'mask_{where}': found.mean().item(), f'mask_{where}_worst_tenth': found.quantile(.1).item()}
@@ -577,7 +576,7 @@ def load_network(
     from magic123.stable_diffusion import load_part
     return load_part(dict(depth=GLPNForDepthEstimation, mask=UNet2DModel)[name], Path(folder), device, torch.float32)
 
-# %% ../nbs/46_photo_networks.ipynb #ffad7882
+# %% ../nbs/46_photo_networks.ipynb #dc73e90d
 def _asked_for(part):
     asked = part.split(',')
     if unknown := set(asked) - set(PARTS): raise UserError(f'No part is called {", ".join(sorted(unknown))}', f'Choose from {", ".join(PARTS)}')
@@ -592,7 +591,7 @@ def train_photos(t: PhotoTraining) -> dict: # The state, as written to state.jso
     device = torch.device(t.device or default_device())
     learnt, held_out = (photographs(known, t.photos) for known in (True, False))
     world = photo_world([*SPLITS['common'], *SPLITS['uncommon']], t.objects, workers=t.workers)
-    exam = make_exam(t.validation, t.size, device, held_out, t.workers)
+    exam = make_exam(held_out, t.validation, t.size, device, t.workers)
     world = world.to(device)
     log('world', objects=t.objects)
     torch.manual_seed(int(time.time()) % 2**31 if t.resume else 0)
