@@ -10,7 +10,7 @@ __all__ = ['DEPTH', 'MASK', 'SMALL', 'PHOTOGRAPHS', 'PARTS', 'build_depth', 'bui
            'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining', 'build_networks',
            'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card', 'save_networks']
 
-# %% ../nbs/46_photo_networks.ipynb #662cc7bf
+# %% ../nbs/46_photo_networks.ipynb #5b43d515
 import json, math, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .show import UserError, atomic_write, default_device, save_png
-from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, to_bytes, to_net
+from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, round_blocks, to_bytes, to_net
 from .toybox import SPLITS
 
 # %% ../nbs/46_photo_networks.ipynb #68977adf
@@ -246,26 +246,15 @@ def random_shots(
     draw = lambda k: torch.randint(k, (count,), device=world.views.device)
     return take_shots(world, draw(n), draw(v), size)
 
-# %% ../nbs/46_photo_networks.ipynb #a5633059
-def _cosines(device): # The 8x8 discrete cosine transform, orthonormal
-    k = torch.arange(8, device=device, dtype=torch.float32)
-    wave = ((2*k + 1)*k[:, None]*(math.pi/16)).cos()/2
-    return torch.where(k[:, None] == 0, wave/2**.5, wave)
-
+# %% ../nbs/46_photo_networks.ipynb #67b0f524
 def jpeg_traces(
     x: Tensor, # [0,1] (B,3,S,S), S divisible by 8
     coarse: Tensor, # Step of the coefficients: .05 is about quality 75 (B,)
 ) -> Tensor:
     "Rounds the cosine coefficients of brightness and colours in blocks of 8x8, as JPEG does"
-    b, c, s, _ = x.shape
-    grey = x.mean(1, keepdim=True)
-    v = torch.cat([grey, x - grey], 1).view(b, c + 1, s//8, 8, s//8, 8)
-    D, k = _cosines(x.device), torch.arange(8, device=x.device, dtype=torch.float32)
-    step = coarse.view(-1, 1, 1, 1, 1, 1)*(1 + .5*(k[:, None, None] + k))
-    v = torch.einsum('ui,bcyixj,vj->bcyuxv', D, v, D)
-    v = torch.cat([(v[:, :1]/step).round()*step, (v[:, 1:]/(2*step)).round()*(2*step)], 1)
-    v = torch.einsum('ui,bcyuxv,vj->bcyixj', D, v, D).reshape(b, c + 1, s, s)
-    return (v[:, :1] + v[:, 1:]).clamp(0, 1)
+    grey, k = x.mean(1, keepdim=True), torch.arange(8., device=x.device)
+    step = coarse.view(-1, 1, 1, 1, 1, 1)*(1 + .5*(k[:, None] + k))
+    return (round_blocks(grey, step) + round_blocks(x - grey, 2*step)).clamp(0, 1)
 
 def camera_traces(
     x: Tensor, # [0,1] (B,3,S,S)

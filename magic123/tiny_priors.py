@@ -9,11 +9,11 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'build_models', 'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses',
            'relative_poses', 'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'captured', 'Job', 'fit',
            'worsen', 'to_net', 'to_bytes', 'surface_depth', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents',
-           'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps',
-           'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode',
-           'novel_views', 'text_to_image', 'standardise', 'depth_loss', 'train_depth', 'evaluate_depth', 'mean_psnr',
-           'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training',
-           'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
+           'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight',
+           'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors',
+           'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'standardise', 'depth_loss', 'train_depth',
+           'evaluate_depth', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint',
+           'load_weights', 'Training', 'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
 
 # %% ../nbs/45_tiny_priors.ipynb #783ad1ac
 import json, math, re, time
@@ -639,11 +639,21 @@ def normalise_latents(
     back.weight.copy_(back.weight.float()*s.view(1, -1, 1, 1))
     return m, s
 
-# %% ../nbs/45_tiny_priors.ipynb #7f4f63f5
+# %% ../nbs/45_tiny_priors.ipynb #1f0e104e
 @cache
 def _cosines(device):
     k = torch.arange(8., device=device)
     return torch.where(k > 0, .5, .125**.5)[:, None]*torch.cos(math.pi/8*k[:, None]*(k + .5))
+
+def round_blocks(
+    x: Tensor, # (B,C,S,S), S a multiple of 8
+    step: Tensor, # What coefficients are rounded to: (B,C,S/8,S/8,8,8), or fewer
+) -> Tensor: # (B,C,S,S)
+    "Round the cosine coefficients of blocks of 8x8, as JPEG does"
+    b, c, s, _ = x.shape
+    d = _cosines(x.device)
+    v = d @ x.view(b, c, s//8, 8, s//8, 8).transpose(3, 4) @ d.T
+    return (d.T @ ((v/step).round()*step) @ d).transpose(3, 4).reshape(b, c, s, s)
 
 def photograph(
     rgb: Tensor, # (B,S,S,3) in [0,1], S a multiple of 8
@@ -656,12 +666,9 @@ def photograph(
     amount = lambda top: top*torch.rand(len(x), 1, 1, 1, device=x.device)
     blurred = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1)
     x = torch.lerp(x, blurred, amount(soft)) + amount(noise)*torch.randn_like(x)
-    b, c, s, _ = x.shape
-    d, k = _cosines(x.device), torch.arange(8., device=x.device)
-    blocks = d @ x.view(b, c, s//8, 8, s//8, 8).transpose(3, 4) @ d.T
-    step = (amount(coarse) + 1e-4).view(b, 1, 1, 1, 1, 1)*(1 + (k[:, None] + k)/7)
-    blocks = d.T @ ((blocks/step).round()*step) @ d
-    return blocks.transpose(3, 4).reshape(b, c, s, s).permute(0, 2, 3, 1).clamp(0, 1)
+    k = torch.arange(8., device=x.device)
+    step = (amount(coarse) + 1e-4).view(-1, 1, 1, 1, 1, 1)*(1 + (k[:, None] + k)/7)
+    return round_blocks(x, step).permute(0, 2, 3, 1).clamp(0, 1)
 
 # %% ../nbs/45_tiny_priors.ipynb #16717c34
 @torch.no_grad()
