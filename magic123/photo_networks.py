@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEPTH', 'MASK', 'SMALL', 'PHOTOGRAPHS', 'PARTS', 'build_depth', 'build_mask', 'nearness', 'mask_logit', 'photographs',
-           'cutouts', 'clouds', 'bands', 'boxes', 'blurred', 'paint_backgrounds', 'Shots', 'photo_world', 'take_shots',
-           'random_shots', 'jpeg_traces', 'camera_traces', 'shadow', 'photograph', 'standardise', 'depth_target',
-           'depth_loss', 'pearson', 'depth_batch', 'mask_batch', 'mask_loss', 'overlap', 'count_statistics', 'settled',
-           'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining', 'build_networks',
-           'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card', 'save_networks']
+           'cutouts', 'clouds', 'bands', 'boxes', 'blurred', 'paint_backgrounds', 'Shots', 'photo_world',
+           'surface_depth', 'take_shots', 'random_shots', 'jpeg_traces', 'camera_traces', 'shadow', 'photograph',
+           'standardise', 'depth_target', 'depth_loss', 'pearson', 'depth_batch', 'mask_batch', 'mask_loss', 'overlap',
+           'count_statistics', 'settled', 'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining',
+           'build_networks', 'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card',
+           'save_networks']
 
 # %% ../nbs/46_photo_networks.ipynb #5b43d515
 import json, math, time
@@ -195,7 +196,7 @@ def paint_backgrounds(
     x = _mix(blurred(x, 2, 5), x, .3)
     return (x*255).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/46_photo_networks.ipynb #6fdd1c47
+# %% ../nbs/46_photo_networks.ipynb #2772cebf
 @dataclass
 class Shots:
     "Pictures of toys with their truth"
@@ -221,6 +222,12 @@ def photo_world(
     world.centre = U(-.15, .15, count, 3)
     return world
 
+def surface_depth(
+    shot: dict[str, Tensor], # From `World.render`
+) -> Tensor: # (B,S,S), 0 outside the mask
+    "Depth of the surface, not mixed with the background's at the edge"
+    return torch.where(shot['alpha'] > .5, shot['depth']/shot['alpha'].clamp(min=.5), 0)[..., 0]
+
 def take_shots(
     world: World,
     which: Tensor, # Objects (B,)
@@ -232,8 +239,7 @@ def take_shots(
     out = []
     for w, v in zip(which.split(chunk), view.split(chunk)):
         shot = world.render(w, v, size)
-        depth = torch.where(shot['alpha'] > .5, shot['depth']/shot['alpha'].clamp(min=.5), 0)
-        out.append((to_bytes(shot['rgb']), to_bytes(shot['alpha'])[..., 0], depth[..., 0].half()))
+        out.append((to_bytes(shot['rgb']), to_bytes(shot['alpha'])[..., 0], surface_depth(shot).half()))
     return Shots(*map(torch.cat, zip(*out)))
 
 def random_shots(
@@ -494,7 +500,7 @@ def _shown(near, mask): # Grey inside the mask
     lo, hi = near[mask].min(), near[mask].max()
     return torch.where(mask, (near - lo)/(hi - lo).clamp(min=1e-6), 1.)[..., None].expand(-1, -1, 3)
 
-# %% ../nbs/46_photo_networks.ipynb #8d18d611
+# %% ../nbs/46_photo_networks.ipynb #a8507663
 PARTS = {'depth': .6, 'mask': .4} # And their shares of the time
 
 @dataclass
@@ -559,11 +565,11 @@ def load_network(
     folder: str | Path, # Holds config.json
     device: torch.device | str = 'cpu',
 ) -> nn.Module: # Frozen, single precision
-    "One of the two, by its stock class"
+    "One of the two, by its stock class; the depth may be any network of `transformers`"
     from diffusers import UNet2DModel
-    from transformers import GLPNForDepthEstimation
+    from transformers import AutoModelForDepthEstimation
     from magic123.stable_diffusion import load_part
-    return load_part(dict(depth=GLPNForDepthEstimation, mask=UNet2DModel)[name], Path(folder), device, torch.float32)
+    return load_part(dict(depth=AutoModelForDepthEstimation, mask=UNet2DModel)[name], Path(folder), device, torch.float32)
 
 # %% ../nbs/46_photo_networks.ipynb #dc73e90d
 def _asked_for(part):
