@@ -190,7 +190,7 @@ def density_at(
     "Density in bounded memory"
     return torch.cat([field.density(p) for p in points.split(chunk)])
 
-# %% ../nbs/32_dmtet.ipynb #d9c5cd5f
+# %% ../nbs/32_dmtet.ipynb #063aa2b5
 @patch(cls_method=True)
 def from_nerf(cls: DMTet,
     nerf: nn.Module, # The coarse scene; the new one takes over its `field`
@@ -200,7 +200,7 @@ def from_nerf(cls: DMTet,
     samples: int = 128, # Points along an edge of the grid that looks for the object (official code: its occupancy grid)
     mean_threshold: bool = True, # Nor from more than the mean density (official code)
     carve: float | None = None, # Cut to the visual hull of `photo`, and this many lattice cells outside it
-    photo=None, # Has `mask` (H,W,1) and `camera`
+    photo=None, # Has `mask` (H,W,1) and `camera`; `carve` needs it
 ) -> DMTet:
     "The surface of a NeRF"
     device = next(nerf.parameters()).device
@@ -219,9 +219,7 @@ def from_nerf(cls: DMTet,
     cell = (((x + 1)/2*samples).long().clamp(max=samples-1)*torch.tensor([samples**2, samples, 1], device=device)).sum(-1)
     level = torch.where(inside[cell], level.abs() + .1, level)
     level = torch.where(outside[cell] | scene.border, -level.abs() - .1, level)
-    if carve is not None and photo is not None:
-        width = float((upper - lower).max())/resolution
-        level = level.minimum(silhouette_distance(scene.vertices, photo.mask, photo.camera)/width + carve)
+    if carve is not None: level = level.minimum(silhouette_distance(scene.vertices, photo.mask, photo.camera)/(2*scene.reach) + carve)
     if not (level > 0).any():
         raise UserError('The coarse stage left specks only', 'Train it longer (coarse.steps), or raise dmtet.resolution')
     scene.sdf.data = signed_distance(scene.vertices, level, scene.tets)

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['DEPTH', 'MASK', 'SMALL', 'PHOTOGRAPHS', 'PARTS', 'build_depth', 'build_mask', 'nearness', 'mask_logit', 'photographs',
-           'cutouts', 'clouds', 'bands', 'boxes', 'blurred', 'paint_backgrounds', 'Shots', 'photo_world', 'take_shots',
-           'random_shots', 'jpeg_traces', 'camera_traces', 'shadow', 'photograph', 'standardise', 'depth_target',
-           'depth_loss', 'pearson', 'depth_batch', 'mask_batch', 'mask_loss', 'overlap', 'count_statistics', 'settled',
-           'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining', 'build_networks',
-           'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card', 'save_networks']
+           'cutouts', 'clouds', 'bands', 'boxes', 'blurred', 'paint_backgrounds', 'Shots', 'photo_world',
+           'surface_depth', 'take_shots', 'random_shots', 'jpeg_traces', 'camera_traces', 'shadow', 'photograph',
+           'standardise', 'depth_target', 'depth_loss', 'pearson', 'depth_batch', 'mask_batch', 'mask_loss', 'overlap',
+           'count_statistics', 'settled', 'train_network', 'Exam', 'make_exam', 'answers', 'measure', 'PhotoTraining',
+           'build_networks', 'save_checkpoint', 'load_checkpoint', 'load_network', 'train_photos', 'model_card',
+           'save_networks']
 
-# %% ../nbs/46_photo_networks.ipynb #c5e92512
+# %% ../nbs/46_photo_networks.ipynb #5b43d515
 import json, math, time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .show import UserError, atomic_write, default_device, save_png, strip
-from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, to_bytes, to_net
+from .show import UserError, atomic_write, default_device, save_png
+from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, round_blocks, to_bytes, to_net
 from .toybox import SPLITS
 
 # %% ../nbs/46_photo_networks.ipynb #68977adf
@@ -84,7 +84,7 @@ def photographs(
         out.append(torch.tensor(np.array(img)).permute(2, 0, 1))
     return out
 
-# %% ../nbs/46_photo_networks.ipynb #1cfc7a18
+# %% ../nbs/46_photo_networks.ipynb #23e449e1
 def _uniform(lo, hi, *shape, device): return lo + (hi - lo)*torch.rand(*shape, device=device)
 
 def cutouts(
@@ -144,7 +144,7 @@ def boxes(
     "A random upright rectangle in each"
     t = torch.linspace(0, 1, size, device=device)
     def inside():
-        mid, half = _uniform(-.1, 1.1, 2, n, 1, device=device)[0], _uniform(.03, .4, n, 1, device=device)
+        mid, half = _uniform(-.1, 1.1, n, 1, device=device), _uniform(.03, .4, n, 1, device=device)
         return ((t - mid).abs() < half).float()
     return (inside()[:, None, :, None]*inside()[:, None, None, :])
 
@@ -196,7 +196,7 @@ def paint_backgrounds(
     x = _mix(blurred(x, 2, 5), x, .3)
     return (x*255).round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/46_photo_networks.ipynb #6fdd1c47
+# %% ../nbs/46_photo_networks.ipynb #2772cebf
 @dataclass
 class Shots:
     "Pictures of toys with their truth"
@@ -222,6 +222,12 @@ def photo_world(
     world.centre = U(-.15, .15, count, 3)
     return world
 
+def surface_depth(
+    shot: dict[str, Tensor], # From `World.render`
+) -> Tensor: # (B,S,S), 0 outside the mask
+    "Depth of the surface, not mixed with the background's at the edge"
+    return torch.where(shot['alpha'] > .5, shot['depth']/shot['alpha'].clamp(min=.5), 0)[..., 0]
+
 def take_shots(
     world: World,
     which: Tensor, # Objects (B,)
@@ -233,8 +239,7 @@ def take_shots(
     out = []
     for w, v in zip(which.split(chunk), view.split(chunk)):
         shot = world.render(w, v, size)
-        depth = torch.where(shot['alpha'] > .5, shot['depth']/shot['alpha'].clamp(min=.5), 0)
-        out.append((to_bytes(shot['rgb']), to_bytes(shot['alpha'])[..., 0], depth[..., 0].half()))
+        out.append((to_bytes(shot['rgb']), to_bytes(shot['alpha'])[..., 0], surface_depth(shot).half()))
     return Shots(*map(torch.cat, zip(*out)))
 
 def random_shots(
@@ -247,26 +252,15 @@ def random_shots(
     draw = lambda k: torch.randint(k, (count,), device=world.views.device)
     return take_shots(world, draw(n), draw(v), size)
 
-# %% ../nbs/46_photo_networks.ipynb #a5633059
-def _cosines(device): # The 8x8 discrete cosine transform, orthonormal
-    k = torch.arange(8, device=device, dtype=torch.float32)
-    wave = ((2*k + 1)*k[:, None]*(math.pi/16)).cos()/2
-    return torch.where(k[:, None] == 0, wave/2**.5, wave)
-
+# %% ../nbs/46_photo_networks.ipynb #67b0f524
 def jpeg_traces(
     x: Tensor, # [0,1] (B,3,S,S), S divisible by 8
     coarse: Tensor, # Step of the coefficients: .05 is about quality 75 (B,)
 ) -> Tensor:
     "Rounds the cosine coefficients of brightness and colours in blocks of 8x8, as JPEG does"
-    b, c, s, _ = x.shape
-    grey = x.mean(1, keepdim=True)
-    v = torch.cat([grey, x - grey], 1).view(b, c + 1, s//8, 8, s//8, 8)
-    D, k = _cosines(x.device), torch.arange(8, device=x.device, dtype=torch.float32)
-    step = coarse.view(-1, 1, 1, 1, 1, 1)*(1 + .5*(k[:, None, None] + k))
-    v = torch.einsum('ui,bcyixj,vj->bcyuxv', D, v, D)
-    v = torch.cat([(v[:, :1]/step).round()*step, (v[:, 1:]/(2*step)).round()*(2*step)], 1)
-    v = torch.einsum('ui,bcyuxv,vj->bcyixj', D, v, D).reshape(b, c + 1, s, s)
-    return (v[:, :1] + v[:, 1:]).clamp(0, 1)
+    grey, k = x.mean(1, keepdim=True), torch.arange(8., device=x.device)
+    step = coarse.view(-1, 1, 1, 1, 1, 1)*(1 + .5*(k[:, None] + k))
+    return (round_blocks(grey, step) + round_blocks(x - grey, 2*step)).clamp(0, 1)
 
 def camera_traces(
     x: Tensor, # [0,1] (B,3,S,S)
@@ -441,7 +435,7 @@ def train_network(
     trainee.use_average()
     return settled(name, net, (draw()[0].float() for _ in range(24))), run
 
-# %% ../nbs/46_photo_networks.ipynb #566ad529
+# %% ../nbs/46_photo_networks.ipynb #e1f9083e
 @dataclass
 class Exam:
     "What the networks are measured on"
@@ -451,22 +445,21 @@ class Exam:
     behind: Tensor # Backgrounds from photographs never learnt, uint8 (N,3,S,S)
 
 def make_exam(
+    photos: list[Tensor], # From `photographs(False)`
     count: int = 192, # Toys
     size: int = 128,
     device: torch.device | str = 'cpu',
-    photos: list[Tensor] | None = None, # From `photographs(False)`
-    workers: int = 0,
+    workers: int = 0, # Processes that build toys
 ) -> Exam:
     "The same for everyone who asks"
     known, unseen = (photo_world(f, count, VALIDATION_SEED, workers) for f in ([*SPLITS['common'], *SPLITS['uncommon']], SPLITS['unseen']))
     def shots(world, view):
         n = torch.arange(count, device=device)
         return take_shots(world.to(device), n, n*0 + view, size)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
     each = -(-count//len(photos))
-    behind = torch.stack([c for p in photos for c in cutouts(p/255, each, size)])[torch.randperm(each*len(photos))[:count]]
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        behind = torch.stack([c for p in photos for c in cutouts(p/255, each, size)])[torch.randperm(each*len(photos))[:count]]
     return Exam(shots(known, 0), shots(known, 3), shots(unseen, 0), (behind*255).to(torch.uint8).to(device))
 
 @torch.no_grad()
@@ -493,8 +486,9 @@ def measure(
             figures[f'depth_{where}'] = pearson(told, shots.depth).mean().item()
             rows += [[*(shots.rgb[:12]/255)], *([_shown(d, m) for d, m in zip(v[:12], shots.depth > .5)] for v in (told, depth_target(shots.depth)))]
         if 'mask' in nets and where != 'around':
-            torch.manual_seed(0)
-            photo, alpha = photograph(shots.rgb, shots.alpha, exam.behind), shots.alpha/255
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                photo, alpha = photograph(shots.rgb, shots.alpha, exam.behind), shots.alpha/255
             told = answers(mask_logit, nets['mask'], 2*photo - 1)
             found = overlap(told, alpha)
             figures |= {f'mask_{where}': found.mean().item(), f'mask_{where}_worst_tenth': found.quantile(.1).item()}
@@ -506,7 +500,7 @@ def _shown(near, mask): # Grey inside the mask
     lo, hi = near[mask].min(), near[mask].max()
     return torch.where(mask, (near - lo)/(hi - lo).clamp(min=1e-6), 1.)[..., None].expand(-1, -1, 3)
 
-# %% ../nbs/46_photo_networks.ipynb #8d18d611
+# %% ../nbs/46_photo_networks.ipynb #a8507663
 PARTS = {'depth': .6, 'mask': .4} # And their shares of the time
 
 @dataclass
@@ -571,13 +565,13 @@ def load_network(
     folder: str | Path, # Holds config.json
     device: torch.device | str = 'cpu',
 ) -> nn.Module: # Frozen, single precision
-    "One of the two, by its stock class"
+    "One of the two, by its stock class; the depth may be any network of `transformers`"
     from diffusers import UNet2DModel
-    from transformers import GLPNForDepthEstimation
+    from transformers import AutoModelForDepthEstimation
     from magic123.stable_diffusion import load_part
-    return load_part(dict(depth=GLPNForDepthEstimation, mask=UNet2DModel)[name], Path(folder), device, torch.float32)
+    return load_part(dict(depth=AutoModelForDepthEstimation, mask=UNet2DModel)[name], Path(folder), device, torch.float32)
 
-# %% ../nbs/46_photo_networks.ipynb #ffad7882
+# %% ../nbs/46_photo_networks.ipynb #dc73e90d
 def _asked_for(part):
     asked = part.split(',')
     if unknown := set(asked) - set(PARTS): raise UserError(f'No part is called {", ".join(sorted(unknown))}', f'Choose from {", ".join(PARTS)}')
@@ -592,7 +586,7 @@ def train_photos(t: PhotoTraining) -> dict: # The state, as written to state.jso
     device = torch.device(t.device or default_device())
     learnt, held_out = (photographs(known, t.photos) for known in (True, False))
     world = photo_world([*SPLITS['common'], *SPLITS['uncommon']], t.objects, workers=t.workers)
-    exam = make_exam(t.validation, t.size, device, held_out, t.workers)
+    exam = make_exam(held_out, t.validation, t.size, device, t.workers)
     world = world.to(device)
     log('world', objects=t.objects)
     torch.manual_seed(int(time.time()) % 2**31 if t.resume else 0)

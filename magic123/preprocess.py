@@ -196,7 +196,7 @@ def _rembg_mask(rgb, model):
     mask = new_session(model).predict(Image.fromarray(rgb))[0]
     return np.asarray(mask.convert('L'), dtype=np.float32)/255
 
-# %% ../nbs/10_preprocess.ipynb #69b95d59
+# %% ../nbs/10_preprocess.ipynb #78db99f4
 def local_mask_model() -> str | None: # A folder; None if there is none
     "Where the weights of the mask network that comes with the book are"
     try: folder = data_folder()/'priors'/'tiny'/'mask'
@@ -221,8 +221,9 @@ def network_mask(
 ) -> tuple[np.ndarray, float]: # (H,W) float32 in [0,1]; how sure: the share of the possible object that is decided
     "The object, as a network sees it"
     from diffusers import UNet2DModel
-    try: network = UNet2DModel.from_pretrained(folder, local_files_only=True).float().eval()
-    except (OSError, ValueError) as e: raise UserError(f'No mask network could be loaded from {folder}', 'Use the mask "grabcut"') from e
+    from magic123.stable_diffusion import load_part # it comes later in the book
+    try: network = load_part(UNet2DModel, Path(folder))
+    except UserError as e: raise UserError(f'No mask network could be loaded: {e.message}', 'Use the mask "grabcut"') from e
     (h, w), whole = rgb.shape[:2], max(rgb.shape[:2])
     found = _look(network, rgb, (h - whole)//2, (w - whole)//2, whole)
     if (found > .5).any():

@@ -10,7 +10,7 @@ __all__ = ['BENCHMARK_SEED', 'HELD_OUT_SIZE', 'JUDGE_SEED', 'JUDGE_TEST_SEED', '
            'step_time', 'Measuring', 'sheet', 'view_sheet', 'measure_priors', 'best_guidance', 'find_figure', 'table',
            'rounded', 'main', 'plot_figures']
 
-# %% ../nbs/48_prior_figures.ipynb #efcda722
+# %% ../nbs/48_prior_figures.ipynb #c829c92f
 import hashlib, json, math, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .cameras import held_out_cameras, stack_c2w
+from .photo_networks import answers, load_network, nearness, pearson, surface_depth
 from .preprocess import reference_from_toy
 from .show import UserError, atomic_write, data_folder, default_device, save_png, to_uint8
-from .tiny_priors import (SIDES, VALIDATION_SEED, Job, Trainee, World, evaluate_depth, evaluate_vae, fit, load_priors, make_world,
-    novel_views, relative_poses, surface_depth, text_to_image, to_bytes, to_net, view_word)
+from .tiny_priors import (SIDES, VALIDATION_SEED, Job, Trainee, World, evaluate_vae, fit, load_priors, make_world,
+    novel_views, relative_poses, text_to_image, to_bytes, to_net, view_word)
 from .toybox import COLOURS, FAMILIES, MEASURE_SEEDS, SPLITS, Toy, make_toy, pack_toys, render_toys
 
 # %% ../nbs/48_prior_figures.ipynb #f32807ad
@@ -447,9 +448,9 @@ def view_sheet(
             titles += [test.toys[i].family.replace('_', ' '), f'sample at {test.azimuth[i]:.0f}°', 'truth']
     return sheet(pictures, titles, 3*count)
 
-# %% ../nbs/48_prior_figures.ipynb #9e181e09
+# %% ../nbs/48_prior_figures.ipynb #fdcd5a19
 def measure_priors(
-    folder: Path, # Such as data/priors/tiny
+    folder: Path, # Such as data/priors/tiny; may hold a depth network too
     device: torch.device | str = '', # The best there is if empty
     m: Measuring = Measuring(),
     pictures: Callable | None = None, # Is given a name and a figure, to keep it
@@ -462,7 +463,8 @@ def measure_priors(
     worlds |= {s: build(SPLITS[s], m.objects, VALIDATION_SEED + i*2000) for i, s in enumerate(('common', 'uncommon'))}
     worlds = {k: w.to(device) for k, w in worlds.items()} # after the last fork
     models = load_priors(folder, device, torch.bfloat16 if device.type == 'cuda' else torch.float32)
-    for name in ('vae', 'depth'): nn.Module.to(models[name], torch.float32)
+    nn.Module.to(models['vae'], torch.float32)
+    depth = load_network('depth', Path(folder)/'depth', device) if (Path(folder)/'depth').is_dir() else None
     size = models['vae'].config.sample_size
     torch.manual_seed(0)
 
@@ -474,8 +476,9 @@ def measure_priors(
     for split in ('common', 'uncommon'):
         test = view_test(worlds[split], size)
         figures['3d'][split], told = measure_3d(models, test, judge, m.guidance_3d, m.steps)
-        shot = look(worlds[split], 1, size)
-        figures['depth'][split] = evaluate_depth(models['depth'], shot['rgb'], surface_depth(shot))
+        if depth:
+            shot = look(worlds[split], 1, size)
+            figures['depth'][split] = pearson(answers(nearness, depth, to_net(shot['rgb'], torch.float32)), surface_depth(shot)).mean().item()
         best = best_guidance(figures['3d'][split]['guidance'], 'psnr')
         if pictures: pictures(f'3d_{split}', view_sheet(told[best], test))
     test = caption_test(worlds['captions'], size)

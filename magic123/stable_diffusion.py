@@ -64,7 +64,7 @@ def find_folder(
     from magic123.weights import bring # it knows all other forms, and comes later in the book
     return bring(source, parts)
 
-# %% ../nbs/41_stable_diffusion.ipynb #ab2d6143
+# %% ../nbs/41_stable_diffusion.ipynb #d57eaf7a
 @contextmanager
 def quiet():
     "No bars and no notices from diffusers and transformers, then as before"
@@ -88,6 +88,7 @@ def load_part(
 ) -> torch.nn.Module: # Frozen, in evaluation mode
     "One part of a prior; a VAE that two priors share is loaded once"
     file, variant = part_weights(folder)
+    if file is None: raise UserError(f'There are no weights in {folder}', 'Name a folder with config.json and a safetensors file')
     key = str(file), file.stat().st_mtime_ns, str(device), dtype
     if folder.name == 'vae' and key in _vaes: return _vaes[key]
     try:

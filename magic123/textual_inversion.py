@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATES', 'load_learned_embeds', 'save_learned_embeds', 'augment', 'Learned', 'single_token', 'optimise_word',
            'encode_variants', 'invert']
 
-# %% ../nbs/42_textual_inversion.ipynb #892832f4
+# %% ../nbs/42_textual_inversion.ipynb #91adebf4
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .show import UserError, atomic_write
 from .sds import add_noise, draw_noise, draw_timesteps
-from magic123.stable_diffusion import (Condition, LatentDiffusion, StableDiffusionPrior, Words, fit_picture, install_token,
-    scale_gradient)
+from .stable_diffusion import Condition, LatentDiffusion, StableDiffusionPrior, Words, carry_gradient, fit_picture, install_token
 
 # %% ../nbs/42_textual_inversion.ipynb #d1fea792
 def _words_of(found, name):
@@ -78,7 +77,7 @@ def augment(
     gain, lift = 1 + colour*(2*u[5:8] - 1), colour*(2*u[8] - 1)
     return ((1 - ink)*gain.to(rgb) + lift).where(ink > 0, 1.).clamp(0, 1)
 
-# %% ../nbs/42_textual_inversion.ipynb #620b2a3d
+# %% ../nbs/42_textual_inversion.ipynb #eca88307
 TEMPLATES = ('a photo of a {}', 'a photo of the {}', 'a photo of my {}', 'a photo of one {}', 'a rendering of a {}', 'a picture of a {}',
     'a picture of the {}', 'a close-up photo of a {}', 'a bright photo of the {}', 'a good photo of a {}', 'a photo of a small {}')
 
@@ -96,6 +95,12 @@ def single_token(
     if len(found) != 1 or words.unknown(word):
         raise UserError(f'{word!r} is not a single token of this text encoder, and the learned word must start from one', 'Choose a plainer word')
     return found[0]
+
+def _spoken(words, ids, number, vector): # What prompts mean when `vector` is the word with this number
+    slip_in = lambda module, args, out: torch.where((args[0] == number)[..., None], vector.to(out), out)
+    hook = words.encoder.get_input_embeddings().register_forward_hook(slip_in)
+    try: return words.encoder(ids)[0].float()
+    finally: hook.remove()
 
 def optimise_word(
     words: Words, # The text encoder, frozen
@@ -116,25 +121,20 @@ def optimise_word(
     number = install_token(words, token, vector.detach())
     ids = words.ids([t.format(token) for t in templates])
     opt = torch.optim.AdamW([vector], lr=lr, weight_decay=weight_decay)
-    big = latents[0].numel()*batch if model.dtype == torch.float16 else 1
-    speak = lambda module, args, out: torch.where((args[0] == number)[..., None], vector.to(out), out)
-    hook = words.encoder.get_input_embeddings().register_forward_hook(speak)
     pick = lambda n: torch.randint(n, (batch,), generator=generator)
     losses = []
-    try:
-        for step in range(steps):
-            z = latents[pick(len(latents)).to(latents.device)]
-            t = draw_timesteps(batch, len(model.alphas_cumprod), (0., 1.), generator).to(z.device)
-            eps = draw_noise(z, generator)
-            context = scale_gradient(words.encoder(ids[pick(len(ids)).to(ids.device)])[0].float(), 1/big)
-            guess = model.predict_noise(add_noise(z, eps, model.alphas_cumprod[t]), t, Condition(context))
-            loss = F.mse_loss(guess, eps)
-            opt.zero_grad()
-            (loss*big).backward()
-            opt.step()
-            losses.append(loss.item())
-            if progress: progress(step, losses[-1])
-    finally: hook.remove()
+    for step in range(steps):
+        z = latents[pick(len(latents)).to(latents.device)]
+        t = draw_timesteps(batch, len(model.alphas_cumprod), (0., 1.), generator).to(z.device)
+        eps = draw_noise(z, generator)
+        z_t, prompts = add_noise(z, eps, model.alphas_cumprod[t]), ids[pick(len(ids)).to(ids.device)]
+        guess = carry_gradient(lambda v: model.predict_noise(z_t, t, Condition(_spoken(words, prompts, number, v))), vector)
+        loss = F.mse_loss(guess, eps)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+        if progress: progress(step, losses[-1])
     if not vector.isfinite().all(): raise UserError(f'The word {token} went to infinity', 'Choose a smaller lr, or float32')
     install_token(words, token, vector.detach())
     return Learned({token: vector.detach().cpu()}, losses)

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 'VALIDATION_SEED', 'FILES', 'PARTS', 'NETS',
            'Architecture', 'build_unet', 'build_vae', 'split_words', 'word_list', 'build_tokenizer', 'word_ids',
-           'encode_caption', 'build_text_encoder', 'build_image_encoder', 'build_projection', 'build_depth',
-           'build_models', 'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses',
-           'relative_poses', 'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'captured', 'Job', 'fit',
-           'worsen', 'to_net', 'to_bytes', 'surface_depth', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents',
-           'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps',
-           'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode',
-           'novel_views', 'text_to_image', 'standardise', 'depth_loss', 'train_depth', 'evaluate_depth', 'mean_psnr',
-           'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training',
-           'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
+           'encode_caption', 'build_text_encoder', 'build_image_encoder', 'build_projection', 'build_models',
+           'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses', 'relative_poses',
+           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'captured', 'Job', 'fit', 'worsen', 'to_net',
+           'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents', 'round_blocks', 'photograph',
+           'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps', 'denoising_loss',
+           'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode', 'novel_views',
+           'text_to_image', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint',
+           'load_weights', 'Training', 'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
 
 # %% ../nbs/45_tiny_priors.ipynb #783ad1ac
 import json, math, re, time
@@ -31,7 +30,7 @@ from .show import UserError, atomic_write, default_device, save_png
 from .toybox import SPLITS, VIEW_WORDS, PackedToys, Toy, make_toy, pack_toys, render_toys, vocabulary
 from .zero123 import OneToken
 
-# %% ../nbs/45_tiny_priors.ipynb #0d5b6e70
+# %% ../nbs/45_tiny_priors.ipynb #4ecaebcb
 @dataclass
 class Architecture:
     "Widths of the tiny networks"
@@ -40,11 +39,10 @@ class Architecture:
     vae: tuple = (32, 64, 128) # Channels at 128, 64 and 32 pixels
     text_layers: int = 3
     image_layers: int = 3
-    depth: tuple = (96, 4, 32) # Width and layers (a multiple of 4) of the ViT, width of the fusion
     size: int = 128 # Pixels of the picture; the latent is a quarter of it
     tokens: int = 24 # Longest caption
 
-MINIATURE = Architecture(unet=(32, 32, 32), cross=32, vae=(16, 16, 16), text_layers=1, image_layers=1, depth=(32, 4, 16), size=32)
+MINIATURE = Architecture(unet=(32, 32, 32), cross=32, vae=(16, 16, 16), text_layers=1, image_layers=1, size=32)
 
 def _unet_config(a, kind):
     return dict(sample_size=a.size//4, in_channels=dict(zip(('2d', '3d'), (4, 8)))[kind], out_channels=4, block_out_channels=a.unet, layers_per_block=1,
@@ -107,7 +105,7 @@ def encode_caption(
     body = [ids.get(w, 2) for w in split_words(text)][:tokens-2]
     return [0, *body] + [1]*(tokens - 1 - len(body))
 
-# %% ../nbs/45_tiny_priors.ipynb #0448367b
+# %% ../nbs/45_tiny_priors.ipynb #b88984bb
 def build_text_encoder(
     words: int, # Entries of the embedding
     a: Architecture = Architecture(),
@@ -127,24 +125,13 @@ def build_projection(a: Architecture = Architecture()) -> nn.Linear:
     "`cc_projection`: image embedding and relative pose to one token"
     return nn.Linear(a.cross + 4, a.cross)
 
-def build_depth(a: Architecture = Architecture()) -> nn.Module: # DPTForDepthEstimation
-    "A picture to inverse depth, as MiDaS does: larger is nearer, scale and shift unknown"
-    from transformers import DPTConfig, DPTForDepthEstimation
-    width, layers, fusion = a.depth
-    net = DPTForDepthEstimation(DPTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width//32, intermediate_size=2*width, image_size=a.size, patch_size=16,
-        backbone_out_indices=[layers*i//4 - 1 for i in (1, 2, 3, 4)], neck_hidden_sizes=[24, 32, 48, 48], fusion_hidden_size=fusion, is_hybrid=False, use_auxiliary_head=False))
-    for m in [*net.neck.modules(), *net.head.modules()]: # transformers' own start answers 1 + 1e-7 everywhere
-        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear): m.reset_parameters()
-    nn.init.ones_(net.head.head[-2].bias) # above the last ReLU's zero
-    return net
-
 def build_models(
     words: int, # Entries of the text encoder's embedding
     a: Architecture = Architecture(),
 ) -> dict[str, nn.Module]:
-    "All seven networks"
+    "All six networks"
     return dict(vae=build_vae(a), unet_2d=build_unet('2d', a), unet_3d=build_unet('3d', a), text_encoder=build_text_encoder(words, a),
-        image_encoder=build_image_encoder(a), cc_projection=build_projection(a), depth=build_depth(a))
+        image_encoder=build_image_encoder(a), cc_projection=build_projection(a))
 
 # %% ../nbs/45_tiny_priors.ipynb #4020ccfa
 @cache
@@ -546,7 +533,7 @@ def fit(
     return dict(seconds=spent + time.perf_counter() - begin, capture_seconds=capture, ms_per_step=1e3*took/max(sum(done), 1), steps={j.name: n for j, n in zip(jobs, done)},
         samples={j.name: n*j.batch for j, n in zip(jobs, done)}, samples_per_second=sum(n*j.batch for j, n in zip(jobs, done))/took, curves=curves)
 
-# %% ../nbs/45_tiny_priors.ipynb #3363324c
+# %% ../nbs/45_tiny_priors.ipynb #ba1ac89e
 def worsen(
     x: Tensor, # Pictures in [-1,1] (B,3,S,S)
 ) -> Tensor:
@@ -569,27 +556,20 @@ def to_net(
 
 def to_bytes(rgb: Tensor) -> Tensor: return (rgb*255).round().clamp(0, 255).to(torch.uint8)
 
-def surface_depth(
-    shot: dict[str, Tensor], # From `World.render`
-) -> Tensor: # (B,S,S), 0 outside the mask
-    "Depth of the surface, not mixed with the background's at the edge"
-    return torch.where(shot['alpha'] > .5, shot['depth']/shot['alpha'].clamp(min=.5), 0)[..., 0]
-
 def render_pool(
     world: World,
     count: int, # Pictures
     size: int,
     chunk: int = 512,
-) -> tuple[Tensor, Tensor]: # rgb uint8 (count,S,S,3), depth float16 (count,S,S), 0 where empty
+) -> Tensor: # uint8 (count,S,S,3)
     "Random pictures of the world, kept in memory"
     n, v = world.views.shape[:2]
     device = world.views.device
     out = []
     for i in range(0, count, chunk):
         b = min(chunk, count - i)
-        shot = world.render(torch.randint(n, (b,), device=device), torch.randint(v, (b,), device=device), size)
-        out.append((to_bytes(shot['rgb']), surface_depth(shot).half()))
-    return tuple(map(torch.cat, zip(*out)))
+        out.append(to_bytes(world.render(torch.randint(n, (b,), device=device), torch.randint(v, (b,), device=device), size)['rgb']))
+    return torch.cat(out)
 
 def vae_loss(
     vae: nn.Module,
@@ -639,11 +619,21 @@ def normalise_latents(
     back.weight.copy_(back.weight.float()*s.view(1, -1, 1, 1))
     return m, s
 
-# %% ../nbs/45_tiny_priors.ipynb #7f4f63f5
+# %% ../nbs/45_tiny_priors.ipynb #1f0e104e
 @cache
 def _cosines(device):
     k = torch.arange(8., device=device)
     return torch.where(k > 0, .5, .125**.5)[:, None]*torch.cos(math.pi/8*k[:, None]*(k + .5))
+
+def round_blocks(
+    x: Tensor, # (B,C,S,S), S a multiple of 8
+    step: Tensor, # What coefficients are rounded to: (B,C,S/8,S/8,8,8), or fewer
+) -> Tensor: # (B,C,S,S)
+    "Round the cosine coefficients of blocks of 8x8, as JPEG does"
+    b, c, s, _ = x.shape
+    d = _cosines(x.device)
+    v = d @ x.view(b, c, s//8, 8, s//8, 8).transpose(3, 4) @ d.T
+    return (d.T @ ((v/step).round()*step) @ d).transpose(3, 4).reshape(b, c, s, s)
 
 def photograph(
     rgb: Tensor, # (B,S,S,3) in [0,1], S a multiple of 8
@@ -656,12 +646,9 @@ def photograph(
     amount = lambda top: top*torch.rand(len(x), 1, 1, 1, device=x.device)
     blurred = F.avg_pool2d(F.pad(x, (1,)*4, mode='replicate'), 3, 1)
     x = torch.lerp(x, blurred, amount(soft)) + amount(noise)*torch.randn_like(x)
-    b, c, s, _ = x.shape
-    d, k = _cosines(x.device), torch.arange(8., device=x.device)
-    blocks = d @ x.view(b, c, s//8, 8, s//8, 8).transpose(3, 4) @ d.T
-    step = (amount(coarse) + 1e-4).view(b, 1, 1, 1, 1, 1)*(1 + (k[:, None] + k)/7)
-    blocks = d.T @ ((blocks/step).round()*step) @ d
-    return blocks.transpose(3, 4).reshape(b, c, s, s).permute(0, 2, 3, 1).clamp(0, 1)
+    k = torch.arange(8., device=x.device)
+    step = (amount(coarse) + 1e-4).view(-1, 1, 1, 1, 1, 1)*(1 + (k[:, None] + k)/7)
+    return round_blocks(x, step).permute(0, 2, 3, 1).clamp(0, 1)
 
 # %% ../nbs/45_tiny_priors.ipynb #16717c34
 @torch.no_grad()
@@ -898,60 +885,6 @@ def text_to_image(
     noise = torch.randn(len(captions), 4, size, size, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
     return decode(models['vae'], ddim_sample(models['unet_2d'], tokens, nothing, noise, steps, guidance))
 
-# %% ../nbs/45_tiny_priors.ipynb #8e668622
-def standardise(
-    v: Tensor, # (B,S,S)
-    mask: Tensor, # (B,S,S)
-) -> Tensor:
-    "Mean 0 and mean absolute value 1 inside the mask, 0 outside"
-    n = mask.sum((1, 2), keepdim=True).clamp(min=1)
-    v = (v - (v*mask).sum((1, 2), keepdim=True)/n)*mask
-    return v/(v.abs().sum((1, 2), keepdim=True)/n + 1e-4)
-
-def depth_loss(
-    told: Tensor, # Predicted inverse depth (B,S,S)
-    depth: Tensor, # True depth, 0 where empty (B,S,S)
-) -> Tensor:
-    "Absolute error and that of the gradients, whatever the scale and shift"
-    mask = (depth > .5).float()
-    e = standardise(told.float(), mask) - standardise(mask/depth.clamp(min=.5), mask)
-    edges = (e.diff(dim=1)*mask[:, 1:]*mask[:, :-1]).abs().sum() + (e.diff(dim=2)*mask[..., 1:]*mask[..., :-1]).abs().sum()
-    return (e.abs().sum() + edges)/mask.sum().clamp(min=1)
-
-def train_depth(
-    net: nn.Module,
-    pictures: Tensor, # uint8 (N,S,S,3)
-    depths: Tensor, # (N,S,S), 0 where empty
-    seconds: float,
-    batch: int = 128,
-    lr: float = 1e-3,
-    **more, # For `fit`
-) -> tuple[Trainee, dict]: # The trained weights, the log
-    "Fit the depth network to pictures on white"
-    device = pictures.device
-
-    def loss():
-        i = torch.randint(len(pictures), (batch,), device=device)
-        x = to_net(pictures[i], torch.float32)
-        gain, shift = .8 + .4*torch.rand(batch, 3, 1, 1, device=device), .05*torch.randn(batch, 3, 1, 1, device=device)
-        tinted = ((x + 1)*gain + shift - 1).clamp(-1, 1)
-        x = torch.where((depths[i] > 0)[:, None], tinted, x) + .02*torch.randn_like(x)
-        return depth_loss(net(x).predicted_depth, depths[i].float())
-
-    trainee = Trainee(dict(depth=net), lr, .998)
-    return trainee, fit([Job('depth', trainee, loss, batch=batch)], seconds, device, **more)
-
-@torch.no_grad()
-def evaluate_depth(
-    net: nn.Module,
-    pictures: Tensor, # uint8 (N,S,S,3)
-    depths: Tensor, # (N,S,S), 0 where empty
-) -> float:
-    "Mean Pearson correlation with inverse depth inside the mask"
-    told = net(to_net(pictures, next(net.parameters()).dtype)).predicted_depth.float()
-    inside = depths > .5
-    return float(np.mean([np.corrcoef(t[m].cpu(), 1/d[m].float().cpu())[0, 1] for t, d, m in zip(told, depths, inside) if m.sum() > 100]))
-
 # %% ../nbs/45_tiny_priors.ipynb #e5352e83
 VALIDATION_SEED = 600_000
 
@@ -997,8 +930,8 @@ def grid(
     "A table of pictures"
     return torch.cat([torch.cat([p.float().cpu() for p in row], 1) for row in rows])
 
-# %% ../nbs/45_tiny_priors.ipynb #1dcc4a19
-FILES = {'unet_3d': ('unet_3d',), 'unet_2d': ('unet_2d',), 'others': ('vae', 'text_encoder', 'image_encoder', 'cc_projection', 'depth')}
+# %% ../nbs/45_tiny_priors.ipynb #600b35e6
+FILES = {'unet_3d': ('unet_3d',), 'unet_2d': ('unet_2d',), 'others': ('vae', 'text_encoder', 'image_encoder', 'cc_projection')}
 
 def save_checkpoint(
     folder: Path,
@@ -1026,8 +959,8 @@ def load_checkpoint(
         return named, json.loads((folder/'training.json').read_text())
     if not (folder/'state.json').exists(): raise UserError(f'{folder} holds no checkpoint of the tiny priors', 'Name the folder an earlier `train` wrote with --out')
     weights = {}
-    for file in FILES:
-        if (folder/f'{file}.safetensors').exists(): weights |= load_file(folder/f'{file}.safetensors')
+    for file, nets in FILES.items():
+        if (folder/f'{file}.safetensors').exists(): weights |= {n: w for n, w in load_file(folder/f'{file}.safetensors').items() if n.split('.')[0] in nets}
     return weights, json.loads((folder/'state.json').read_text())
 
 def load_weights(
@@ -1039,20 +972,20 @@ def load_weights(
         own = {n[len(name)+1:]: w for n, w in weights.items() if n.startswith(f'{name}.')}
         if own: net.load_state_dict(own)
 
-# %% ../nbs/45_tiny_priors.ipynb #e5d9a2dc
+# %% ../nbs/45_tiny_priors.ipynb #542e94c9
 @dataclass
 class Training:
-    "Train the VAE, both diffusion priors and a small depth network"
+    "Train the VAE and both diffusion priors"
     out: str = 'runs/tiny_priors' # Folder for checkpoint, figures and sample sheets
     resume: str = '' # Folder of an earlier run to go on from
     fresh: bool = False # Start the asked parts anew, though the others come from `resume`
     seconds: float = 300. # Stop by then, figures included
-    part: str = 'all' # 'vae', 'depth', 'priors' (includes the latents), several with commas, or 'all'
+    part: str = 'all' # 'vae', 'priors' (includes the latents), both with a comma, or 'all'
     device: str = '' # 'cuda', 'cpu'; the best there is if empty
     objects: int = 28_000 # Of the priors' world
     views: int = 9 # Novel views of each object
     references: int = 1 # Reference views of each object
-    pool: int = 60_000 # Pictures for VAE and depth
+    pool: int = 60_000 # Pictures for the VAE
     batch: int = 256 # Priors
     vae_batch: int = 128
     lr: float = 8e-4 # Highest, priors
@@ -1066,8 +999,8 @@ class Training:
     triton: bool = True # Norms in Triton where they work
     max_steps: int = 10**9 # Of each part, for tests
 
-PARTS = {'vae': 5., 'depth': 1., 'priors': 12.} # And their shares of the time
-NETS = {'vae': ('vae',), 'depth': ('depth',), 'priors': PARTS_2D + PARTS_3D}
+PARTS = {'vae': 5., 'priors': 12.} # And their shares of the time
+NETS = {'vae': ('vae',), 'priors': PARTS_2D + PARTS_3D}
 
 def _asked_for(part):
     asked = [*PARTS] if part == 'all' else ['priors' if p == 'latents' else p for p in part.split(',')]
@@ -1120,23 +1053,18 @@ def train(t: Training) -> dict: # The state, as written to state.json
         save_checkpoint(t.out, weights, state)
         log(name, **{k: v for k, v in run.items() if k != 'curves'}, losses={k: [round(l, 4) for _, l in c[::max(len(c)//8, 1)]] for k, c in run['curves'].items()})
 
-    if {'vae', 'depth'} & {*parts}:
-        pictures, depths = render_pool(world, t.pool, a.size)
-        log('pictures', count=t.pool)
     if 'vae' in parts:
+        pictures = render_pool(world, t.pool, a.size)
+        log('pictures', count=t.pool)
         trainee, run = train_vae(models['vae'], pictures, seconds('vae'), t.vae_batch, **more)
         nn.Module.to(models['vae'], torch.float32)
         trainee.use_average()
         run['std_before'] = normalise_latents(models['vae'], pictures[:4096])[1].tolist()
         weights |= {f'vae.{n}': p.half().cpu().contiguous() for n, p in models['vae'].state_dict().items()}
         finish('vae', run)
-    if 'depth' in parts:
-        trainee, run = train_depth(models['depth'], pictures, depths, seconds('depth'), max_steps=t.max_steps)
-        weights |= trainee.weights()
-        finish('depth', run)
     nn.Module.to(models['vae'], dtype).eval().requires_grad_(False)
     if 'priors' in parts:
-        pictures = depths = None
+        pictures = None
         latents, shots = encode_world(models['vae'], world, a.size)
         captions = caption_table(world, ids, tokens=a.tokens).to(device)
         log('latents', views=latents.shape[0]*latents.shape[1], std=[round(s, 3) for s in latents[:2000].float().std((0, 1, 3, 4)).tolist()],
@@ -1147,7 +1075,7 @@ def train(t: Training) -> dict: # The state, as written to state.json
         trainees, run = train_priors(models, data, left(), t.batch, t.lr, t.share_3d, spent=spent, budget=t.budget, compiled=t.compiled, **more)
         for trainee in trainees.values(): weights |= trainee.weights()
         finish('priors', run)
-    for name, net in models.items(): nn.Module.to(net, torch.float32 if name == 'depth' else dtype).eval().requires_grad_(False)
+    for net in models.values(): nn.Module.to(net, dtype).eval().requires_grad_(False)
     state['figures'] = measure(models, tests, ids, a, {n.split('.')[0] for n in weights}, Path(t.out))
     state['captions_shown'] = state['figures'].pop('text_to_image', [])
     log('figures', **state['figures'])
@@ -1168,10 +1096,6 @@ def measure(
         rgb = torch.cat([_first_two(w, a.size)[1] for w in tests.values()])
         figures['vae_psnr'], told = evaluate_vae(models['vae'], rgb)
         save_png(out/'samples_vae.png', grid([[*rgb[i::8][:8]/255, *told[i::8][:8]] for i in range(2)]))
-    if 'depth' in have:
-        n = torch.arange(len(tests['common'].toys), device=tests['common'].views.device)
-        shot = tests['common'].render(n, n*0 + 1, a.size)
-        figures['depth_pearson'] = evaluate_depth(models['depth'], shot['rgb'], surface_depth(shot))
     if 'unet_3d' in have:
         rows = []
         for name, world in tests.items():
@@ -1187,7 +1111,7 @@ def measure(
         figures['text_to_image'] = text
     return figures
 
-# %% ../nbs/45_tiny_priors.ipynb #18ddd883
+# %% ../nbs/45_tiny_priors.ipynb #aaa1d97d
 def _write_json(path, indent=2, **values):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=indent) + '\n')
@@ -1203,20 +1127,18 @@ def save_priors(
     "Write the priors as diffusers and transformers folders, half precision, with a model card"
     from safetensors.torch import save_file
     from magic123.stable_diffusion import quiet
-    with quiet(): from transformers import CLIPImageProcessor, DPTImageProcessor
+    with quiet(): from transformers import CLIPImageProcessor
     weights, state = load_checkpoint(checkpoint)
-    a = Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in state['architecture'].items()})
+    a = Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in state['architecture'].items() if k in Architecture.__annotations__})
     models, folder = build_models(len(word_ids(state['words'])), a), Path(folder)
     load_weights(models, weights)
     sd, z = folder/'stable_diffusion', folder/'zero123'
     with quiet():
-        for name, to in dict(vae=folder/'vae', unet_2d=sd/'unet', text_encoder=sd/'text_encoder', unet_3d=z/'unet', image_encoder=z/'image_encoder', depth=folder/'depth').items():
+        for name, to in dict(vae=folder/'vae', unet_2d=sd/'unet', text_encoder=sd/'text_encoder', unet_3d=z/'unet', image_encoder=z/'image_encoder').items():
             nn.Module.to(models[name], torch.float16).save_pretrained(to)
         build_tokenizer(state['words'], a.tokens).save_pretrained(sd/'tokenizer')
         for to in (sd, z): build_scheduler().save_pretrained(to/'scheduler')
-        square = dict(height=a.size, width=a.size)
-        CLIPImageProcessor(size=dict(shortest_edge=a.size), crop_size=square).save_pretrained(z/'feature_extractor')
-        DPTImageProcessor(size=square).save_pretrained(folder/'depth')
+        CLIPImageProcessor(size=dict(shortest_edge=a.size), crop_size=dict(height=a.size, width=a.size)).save_pretrained(z/'feature_extractor')
     _write_json(z/'cc_projection/config.json', in_features=a.cross + 4, out_features=a.cross)
     save_file({f'proj.{n}': p.half() for n, p in models['cc_projection'].state_dict().items()}, z/'cc_projection/diffusion_pytorch_model.safetensors')
     net = lambda name: ['diffusers', name]
@@ -1238,20 +1160,19 @@ def model_card(
     minutes = {k: (sum(r['seconds'] for r in v) if k != 'priors' else v[-1]['seconds'] if v else 0)/60 for k, v in runs.items()}
     rows = [('VAE, PSNR of unseen objects', 'vae_psnr', ' dB'), ('3D prior, common families, PSNR of sampled novel views (30 DDIM steps, guidance 3)', 'psnr_common', ' dB'),
         ('copying the reference instead', 'copy_psnr_common', ' dB'), ('the mean picture instead', 'mean_image_psnr_common', ' dB'), ('3D prior, common: right pose nearer than one turned by 90 degrees', 'right_pose_beats_90_common', ''),
-        ('3D prior, uncommon families (never seen by it), PSNR', 'psnr_uncommon', ' dB'), ('copying the reference instead', 'copy_psnr_uncommon', ' dB'), ('depth, Pearson correlation with inverse depth', 'depth_pearson', '')]
+        ('3D prior, uncommon families (never seen by it), PSNR', 'psnr_uncommon', ' dB'), ('copying the reference instead', 'copy_psnr_uncommon', ' dB')]
     table = '\n'.join(f'| {name} | {f[key]:.3g}{unit} |' for name, key, unit in rows if key in f)
     return f'''---
 license: apache-2.0
 ---
 # The tiny priors
 
-Four small networks of the toybox's world, in the layout of the large ones: a VAE (`vae`), a text-conditioned diffusion model (`stable_diffusion`), a view-conditioned one (`zero123`), a depth network (`depth`).
+Small networks of the toybox's world, in the layout of the large ones: a VAE (`vae`), a text-conditioned diffusion model (`stable_diffusion`), a view-conditioned one (`zero123`).
 {parameters/1e6:.1f} million weights in all, float16. Written by `nbs/45_tiny_priors.ipynb` (`magic123 train-priors diffusion`).
 
 **Data.** Renders of procedural objects (`nbs/04_toybox.ipynb`), seeds below 500,000, 128 pixels, white background; nothing else. The 3D prior saw the common families only, the others the uncommon ones too.
 
-**Training.** One GPU. VAE {total('vae', 'steps'):,} steps ({minutes['vae']:.1f} min), both priors {total('priors', 'steps'):,} steps, {total('priors', 'samples')/1e6:.2f} million samples ({minutes['priors']:.1f} min),
-depth {total('depth', 'steps'):,} steps ({minutes['depth']:.1f} min). Latents have mean 0 and standard deviation 1 in each channel; the scaling factor is 1.
+**Training.** One GPU. VAE {total('vae', 'steps'):,} steps ({minutes['vae']:.1f} min), both priors {total('priors', 'steps'):,} steps, {total('priors', 'samples')/1e6:.2f} million samples ({minutes['priors']:.1f} min). Latents have mean 0 and standard deviation 1 in each channel; the scaling factor is 1.
 
 **Figures**, on seeds from {VALIDATION_SEED:,} up, which no training saw:
 
@@ -1264,7 +1185,7 @@ depth {total('depth', 'steps'):,} steps ({minutes['depth']:.1f} min). Latents ha
 **Licence.** Apache-2.0, as the code.
 '''
 
-# %% ../nbs/45_tiny_priors.ipynb #4b03ed52
+# %% ../nbs/45_tiny_priors.ipynb #b7309f83
 def load_priors(
     folder: Path, # As `save_priors` wrote it
     device: torch.device | str = 'cpu',
@@ -1272,12 +1193,12 @@ def load_priors(
 ) -> dict[str, nn.Module]: # As `build_models` names them, frozen
     "All networks of the tiny priors, through the stock classes"
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPVisionModelWithProjection, DPTForDepthEstimation
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection
     from magic123.stable_diffusion import load_part
     from magic123.zero123 import load_projection
     folder = Path(folder)
     at = dict(vae=(AutoencoderKL, 'vae'), unet_2d=(UNet2DConditionModel, 'stable_diffusion/unet'), text_encoder=(CLIPTextModel, 'stable_diffusion/text_encoder'),
-        unet_3d=(UNet2DConditionModel, 'zero123/unet'), image_encoder=(CLIPVisionModelWithProjection, 'zero123/image_encoder'), depth=(DPTForDepthEstimation, 'depth'))
+        unet_3d=(UNet2DConditionModel, 'zero123/unet'), image_encoder=(CLIPVisionModelWithProjection, 'zero123/image_encoder'))
     models = {name: load_part(kind, folder/sub, device, dtype) for name, (kind, sub) in at.items()}
     width = models['unet_3d'].config.cross_attention_dim
     return models | dict(cc_projection=load_projection(folder/'zero123', width + 4, width, device, dtype))

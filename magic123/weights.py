@@ -783,12 +783,14 @@ def bring(
     raise UserError(f'No such folder: {source}', 'Give a folder in diffusers layout, a checkpoint, or a name on the hub '
         'such as stable-diffusion-v1-5/stable-diffusion-v1-5')
 
-# %% ../nbs/47_weights.ipynb #34235ea6
+# %% ../nbs/47_weights.ipynb #72fd2c0c
 def fetch_url(
     url: str,
     path: str | Path, # The file
 ) -> None:
     "Fetch a file, going on where an earlier try broke off"
+    from http.client import HTTPException
+    from urllib.error import HTTPError
     from urllib.request import Request, urlopen
     path = Path(path)
     part = path.with_name(path.name + '.part')
@@ -799,7 +801,11 @@ def fetch_url(
             goes_on = answer.status == 206
             whole = int(answer.headers.get('Content-Length') or 0) + have*goes_on
             with open(part, 'ab' if goes_on else 'wb') as f: shutil.copyfileobj(answer, f)
-    except OSError as e: raise UserError(f'{url} could not be fetched: {_first_line(e)}', f'Once there is a connection, try again; or put the file at {path}') from e
+    except (OSError, HTTPException) as e:
+        if have and isinstance(e, HTTPError) and e.code == 416: # nothing left to send
+            part.unlink()
+            return fetch_url(url, path)
+        raise UserError(f'{url} could not be fetched: {_first_line(e)}', f'Once there is a connection, try again; or put the file at {path}') from e
     if part.stat().st_size < whole: raise UserError(f'{url} broke off after {part.stat().st_size} of {whole} bytes', 'Try again: it goes on from there')
     part.rename(path)
 

@@ -38,6 +38,7 @@ class Hub(BaseHTTPRequestHandler):
         head = dict(ETag=f'"{sha256(data).hexdigest()}"', X_Repo_Commit=commit_of(repo, path[3]), Accept_Ranges='bytes')
         if self.command == 'HEAD': return self.answer(**head, Content_Length=len(data))
         self.asked.append((repo, '/'.join(path[4:]), start))
+        if start and start >= len(data): return self.answer(status=416, Content_Range=f'bytes */{len(data)}')
         if file.name in self.broken:
             self.broken.remove(file.name)
             return self.answer(data[:len(data)//2], **head, Content_Length=len(data)) or self.connection.close()
@@ -150,6 +151,18 @@ def test_depth_and_cutout_lie_where_they_are_looked_for(hub, monkeypatch):
     monkeypatch.setenv('MAGIC123_WEIGHTS', str(hub.tmp/'weights'))
     with pytest.raises(UserError, match='is not the file that it should be'): weights.fetch('cutout')
     assert (hub.tmp/'u2net'/'isnet-general-use.onnx').exists()
+
+def test_stopped_before_the_last_byte_and_after_it(hub, monkeypatch):
+    "Killed half-way, a download goes on; killed before the file got its name, it ends too"
+    monkeypatch.setenv('no_proxy', '*')
+    home, path = hub.root/'some'/'one', hub.tmp/'here'/'net.onnx'
+    home.mkdir(parents=True), path.parent.mkdir()
+    (home/'net.onnx').write_bytes(os.urandom(1000))
+    for have, asked in ((600, [600]), (1000, [1000, 0]), (1200, [1200, 0])):
+        path.with_name('net.onnx.part').write_bytes((home/'net.onnx').read_bytes()[:have].ljust(have))
+        weights.fetch_url(f'{hub.env["HF_ENDPOINT"]}/some/one/resolve/main/net.onnx', path)
+        assert path.read_bytes() == (home/'net.onnx').read_bytes() and [start for *_, start in hub.asked] == asked
+        hub.asked.clear(), path.unlink()
 
 # checkpoints in a recipe
 
