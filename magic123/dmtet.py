@@ -19,7 +19,7 @@ from .losses import laplacian_loss, mesh_normal_consistency, sdf_sign_loss
 from .tets import crossed_edges, marching_tets, tet_lattice, zero_crossings
 from .raster import antialias, interpolate, rasterize, vertex_normals
 
-# %% ../nbs/32_dmtet.ipynb #551a0736
+# %% ../nbs/32_dmtet.ipynb #5910a8c6
 class DMTet(nn.Module):
     "A surface on a tetrahedral lattice, with a colour field"
     def __init__(self,
@@ -80,7 +80,7 @@ class DMTet(nn.Module):
         seen = rasterize(camera, vertices, faces)
         needed = normals or shading.needs_normals
         normal = F.normalize(interpolate(seen, vertex_normals(vertices, faces)), dim=1) if needed else None
-        albedo = self._albedo(camera, seen) if shading.mode in ('albedo', 'lambertian') else None
+        albedo = self._albedo(vertices, seen) if shading.mode in ('albedo', 'lambertian') else None
         rgb = shade(albedo, normal, shading.mode, shading.towards(camera), shading.ambient)
         layers = [rgb, torch.ones_like(rgb[:, :1]), seen.depth[:, None]] + [normal]*normals
         rgb, alpha, depth, *normal = antialias(seen, seen.image(torch.cat(layers, 1))).split([3, 1, 1] + [3]*normals, -1)
@@ -88,9 +88,9 @@ class DMTet(nn.Module):
         rgb = composite(rgb, alpha, 1. if background is None else background.to(rgb)).clamp(0, 1)
         return View(rgb, alpha, depth, normal[0] if normals else None, dict(vertices=vertices, faces=faces, edges=edges))
 
-    def _albedo(self, camera, seen):
-        directions = camera.rays()[1].view(-1, 3).index_select(0, seen.pixels)
-        return self.field.albedo((camera.origin + seen.depth.detach()[:, None]*directions).clamp(-1, 1))
+    def _albedo(self, vertices, seen):
+        with torch.no_grad(): points = interpolate(seen, vertices)
+        return self.field.albedo(points.clamp(-1, 1))
 
     def regularisers(self,
         view: View, # One of this scene

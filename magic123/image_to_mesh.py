@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PICTURES', 'versions', 'weight_hashes', 'Job', 'keep_reference', 'kept_reference', 'choose_prompt', 'prior_folder',
            'wanted_priors', 'pick_dtype', 'ready_priors', 'load_priors', 'Result', 'peak_memory_gb', 'make_nerf',
-           'continue_run', 'write_files', 'write_metrics', 'finished', 'pictures_in', 'image_name', 'check_folder',
-           'read_photo', 'begin_run', 'for_team', 'reconstruct', 'resume', 'coarse_scene', 'evaluate_coarse',
-           'final_scene', 'film', 'export_mesh']
+           'ready_device', 'continue_run', 'write_files', 'write_metrics', 'finished', 'pictures_in', 'image_name',
+           'check_folder', 'read_photo', 'begin_run', 'for_team', 'reconstruct', 'resume', 'coarse_scene',
+           'evaluate_coarse', 'final_scene', 'film', 'export_mesh']
 
 # %% ../nbs/53_image_to_mesh.ipynb #87b4ee7b
 import hashlib, json, platform, shutil, sys, tempfile, time
@@ -191,7 +191,7 @@ def load_priors(
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
     return ready_priors(job.recipe, priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #a22359b2
+# %% ../nbs/53_image_to_mesh.ipynb #c0ac2f55
 @dataclass(repr=False)
 class Result:
     "What a run leaves behind"
@@ -218,6 +218,14 @@ def make_nerf(
     torch.manual_seed(recipe.seed)
     return NeRF(**recipe.nerf.model_dump(), low_memory=recipe.low_memory)
 
+def ready_device(
+    device: torch.device,
+) -> torch.device: # The same
+    "Use this GPU from now on, and let it multiply float32 matrices in TF32, with eleven bits: as many as fp16 has, which the official code asks its field in, and as convolutions have anyway"
+    if device.index is not None: torch.cuda.set_device(device)
+    if device.type == 'cuda': torch.set_float32_matmul_precision('high')
+    return device
+
 def continue_run(
     folder: str | Path, # A run folder with a reference
     say=print, # Told what was decided
@@ -226,8 +234,7 @@ def continue_run(
     "From reference to mesh, from wherever it was left"
     job, team = Job.open(folder), join()
     if (job.folder/'metrics.json').is_file(): return finished(job)
-    recipe, device = job.recipe, job.device
-    if device.index is not None: torch.cuda.set_device(device)
+    recipe, device = job.recipe, ready_device(job.device)
     if recipe.threads: torch.set_num_threads(recipe.threads)
     reference = kept_reference(job).to(device)
     prior = load_priors(job, reference, say if team.first else lambda text: None)

@@ -17,18 +17,19 @@ from .cameras import Camera
 from .sds import fork
 from .shading import View
 
-# %% ../nbs/44_joint_prior.ipynb #939f0bd7
+# %% ../nbs/44_joint_prior.ipynb #029062e3
 @cache
 def _stream(device, i): return torch.cuda.Stream(device)
 
 def side_by_side(
     device: torch.device,
     jobs: list[Callable], # Without arguments
+    level: int = 0, # Jobs that are done side by side within a job have another one
 ) -> list: # What they return
     "Do jobs that need nothing from each other: on a GPU each in its own stream, elsewhere in turn"
     if device.type != 'cuda' or len(jobs) < 2: return [job() for job in jobs]
     here, out = torch.cuda.current_stream(device), []
-    begin, streams = here.record_event(), [_stream(device, i) for i in range(len(jobs))]
+    begin, streams = here.record_event(), [_stream(device, (level, i)) for i in range(len(jobs))]
     for stream, job in zip(streams, jobs):
         stream.wait_event(begin)
         with torch.cuda.stream(stream): out.append(job())

@@ -6,7 +6,7 @@
 __all__ = ['photo_terms', 'jitter', 'novel_look', 'view_terms', 'step_terms', 'Progress', 'save_checkpoint', 'load_checkpoint',
            'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
 
-# %% ../nbs/51_optimise.ipynb #2fe6feaa
+# %% ../nbs/51_optimise.ipynb #75a69074
 import json, math, signal, threading, time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from .cameras import Camera, sample_novel_camera
+from .joint_prior import side_by_side
 from .losses import depth_loss, mask_loss, normal_smooth_loss, normal_tv_loss, rgb_loss, without_edge
 from .many_gpus import Team, join
 from .recipe import NovelSettings, Stage
@@ -66,7 +67,7 @@ def novel_look(
     if shading.mode != 'normal' and unlit.item() < stage.light.albedo: shading = Shading()
     return camera, shading, colour.to(device, non_blocking=True) if stage.background == 'random' else None
 
-# %% ../nbs/51_optimise.ipynb #b4ca8a99
+# %% ../nbs/51_optimise.ipynb #a858c54b
 def view_terms(
     scene: Scene,
     view: View, # What some camera sees
@@ -101,9 +102,10 @@ def step_terms(
     for i in team.mine(n) if elsewhere else ():
         camera, shading, background = novel_look(stage, novel, step, dice[1 + i], reference.rgb.device)
         view = scene.render(camera, shading, background, generator=dice[1 + i], normals=normals)
-        told = {} if prior is None else prior.terms(view, camera, stage.noise_levels(step), dice[1 + i], weights=stage.prior_weights(step))
+        ask = lambda: {} if prior is None else prior.terms(view, camera, stage.noise_levels(step), dice[1 + i], weights=stage.prior_weights(step))
+        told, owed = side_by_side(view.rgb.device, [ask, lambda: view_terms(scene, view, stage)], 1) # some losses have to count before they can go on: not also wait for the prior
         terms |= {k: v/n for k, v in told.items()}
-        for k, v in view_terms(scene, view, stage).items(): terms[k] = v/(n*kinds) + terms.get(k, 0.)
+        for k, v in owed.items(): terms[k] = v/(n*kinds) + terms.get(k, 0.)
         yield terms
         terms = {}
     if terms: yield terms

@@ -195,7 +195,7 @@ def visible_faces(
     if backend not in zbuffers: raise ValueError(f"backend {backend!r} is none of 'auto', {', '.join(map(repr, zbuffers))}")
     return zbuffers[backend](screen.detach().float(), faces.long(), height, width, near)
 
-# %% ../nbs/31_raster.ipynb #76b19f6c
+# %% ../nbs/31_raster.ipynb #da776002
 @dataclass
 class Fragments:
     "The covered pixels of a picture, P of them, and what covers each"
@@ -215,6 +215,139 @@ class Fragments:
         full = values.new_full((self.ids.numel(), values.shape[1]), background)
         return full.index_copy(0, self.pixels, values).view(*self.ids.shape, -1)
 
+def _weigh_torch(screen, corners, pixels, width): # barycentric weights (3,P), depth (P,)
+    at = screen.t().contiguous().index_select(1, corners.view(-1)).view(3, 3, -1)
+    e = edge_functions(at, pixels%width + .5, pixels//width + .5)
+    weights = e/e.sum(0)
+    return weights, (weights*at[2]).sum(0)
+
+def _mix_torch(attributes, corners, weights): # (P,C)
+    at = attributes.index_select(0, corners.view(-1)).view(3, -1, attributes.shape[1])
+    return (at*weights[..., None]).sum(0)
+
+@cache
+def _triton_inside():
+    global tl, _load
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _load(screen_ptr, corner_ptr, pixel_ptr, p, real, points, width):
+        i, j, k = tl.load(corner_ptr + p, real, 0), tl.load(corner_ptr + points + p, real, 0), tl.load(corner_ptr + 2*points + p, real, 0)
+        pixel = tl.load(pixel_ptr + p, real, 0)
+        x, y = (pixel%width).to(tl.float32) + .5, (pixel//width).to(tl.float32) + .5
+        aw, bw, cw = tl.load(screen_ptr + 3*i + 2), tl.load(screen_ptr + 3*j + 2), tl.load(screen_ptr + 3*k + 2)
+        aX, aY = tl.load(screen_ptr + 3*i) - aw*x, tl.load(screen_ptr + 3*i + 1) - aw*y
+        bX, bY = tl.load(screen_ptr + 3*j) - bw*x, tl.load(screen_ptr + 3*j + 1) - bw*y
+        cX, cY = tl.load(screen_ptr + 3*k) - cw*x, tl.load(screen_ptr + 3*k + 1) - cw*y
+        e0, e1, e2 = bX*cY - cX*bY, cX*aY - aX*cY, aX*bY - bX*aY
+        total = e0 + e1 + e2
+        return i, j, k, x, y, aX, aY, aw, bX, bY, bw, cX, cY, cw, e0/total, e1/total, e2/total, total
+
+    @triton.jit
+    def weigh(screen_ptr, corner_ptr, pixel_ptr, w_ptr, z_ptr, points, width, BLOCK: tl.constexpr):
+        p = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real = p < points
+        i, j, k, x, y, aX, aY, aw, bX, bY, bw, cX, cY, cw, u, v, w, total = _load(screen_ptr, corner_ptr, pixel_ptr, p, real, points, width)
+        tl.store(w_ptr + p, u, real)
+        tl.store(w_ptr + points + p, v, real)
+        tl.store(w_ptr + 2*points + p, w, real)
+        tl.store(z_ptr + p, u*aw + v*bw + w*cw, real)
+
+    @triton.jit
+    def weigh_back(screen_ptr, corner_ptr, pixel_ptr, dw_ptr, dz_ptr, out_ptr, points, width, BLOCK: tl.constexpr):
+        p = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real = p < points
+        i, j, k, x, y, aX, aY, aw, bX, bY, bw, cX, cY, cw, u, v, w, total = _load(screen_ptr, corner_ptr, pixel_ptr, p, real, points, width)
+        dz = tl.load(dz_ptr + p, real, 0.)
+        du, dv, dw = tl.load(dw_ptr + p, real, 0.) + dz*aw, tl.load(dw_ptr + points + p, real, 0.) + dz*bw, tl.load(dw_ptr + 2*points + p, real, 0.) + dz*cw
+        mean = u*du + v*dv + w*dw
+        d0, d1, d2 = (du - mean)/total, (dv - mean)/total, (dw - mean)/total
+        ax, ay, bx, by, cx, cy = d2*bY - d1*cY, d1*cX - d2*bX, d0*cY - d2*aY, d2*aX - d0*cX, d1*aY - d0*bY, d0*bX - d1*aX
+        tl.atomic_add(out_ptr + 3*i, ax, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*i + 1, ay, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*i + 2, dz*u - x*ax - y*ay, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*j, bx, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*j + 1, by, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*j + 2, dz*v - x*bx - y*by, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*k, cx, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*k + 1, cy, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*k + 2, dz*w - x*cx - y*cy, real, sem='relaxed')
+
+    @triton.jit
+    def mix(value_ptr, corner_ptr, w_ptr, out_ptr, points, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+        p, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
+        real = p < points
+        here, total = real[:, None] & (c < C), tl.zeros((BLOCK, CP), tl.float32)
+        for k in tl.static_range(3):
+            i, w = tl.load(corner_ptr + k*points + p, real, 0), tl.load(w_ptr + k*points + p, real, 0.)
+            total += w[:, None]*tl.load(value_ptr + i[:, None]*C + c, here, 0.)
+        tl.store(out_ptr + p[:, None]*C + c, total, here)
+
+    @triton.jit
+    def mix_back(value_ptr, corner_ptr, w_ptr, d_ptr, dvalue_ptr, dw_ptr, points, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+        p, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
+        real = p < points
+        here = real[:, None] & (c < C)
+        d = tl.load(d_ptr + p[:, None]*C + c, here, 0.)
+        for k in tl.static_range(3):
+            i, w = tl.load(corner_ptr + k*points + p, real, 0), tl.load(w_ptr + k*points + p, real, 0.)
+            tl.store(dw_ptr + k*points + p, tl.sum(d*tl.load(value_ptr + i[:, None]*C + c, here, 0.), 1), real)
+            tl.atomic_add(dvalue_ptr + i[:, None]*C + c, w[:, None]*d, here, sem='relaxed')
+    return weigh, weigh_back, mix, mix_back
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, screen, corners, pixels, width):
+        P, screen = len(pixels), screen.contiguous()
+        weights, depth = screen.new_empty(3, P), screen.new_empty(P)
+        with torch.cuda.device_of(screen): _triton_inside()[0][-(-P//128),](screen, corners, pixels, weights, depth, P, width, BLOCK=128)
+        ctx.save_for_backward(screen, corners, pixels)
+        ctx.width = width
+        return weights, depth
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dw, dz):
+        screen, corners, pixels = ctx.saved_tensors
+        P, out = len(pixels), torch.zeros_like(screen)
+        with torch.cuda.device_of(screen): _triton_inside()[1][-(-P//128),](screen, corners, pixels, dw.contiguous(), dz.contiguous(), out, P, ctx.width, BLOCK=128)
+        return out, None, None, None
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, corners, weights):
+        values, weights = values.contiguous(), weights.contiguous()
+        (P, C), CP = (corners.shape[1], values.shape[1]), 1 << (values.shape[1] - 1).bit_length()
+        out = values.new_empty(P, C)
+        with torch.cuda.device_of(values): _triton_inside()[2][-(-P//64),](values, corners, weights, out, P, C, CP, BLOCK=64)
+        ctx.save_for_backward(values, corners, weights)
+        return out
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        values, corners, weights = ctx.saved_tensors
+        (P, C), CP, dv, dw = d.shape, 1 << (d.shape[1] - 1).bit_length(), torch.zeros_like(values), torch.empty_like(weights)
+        with torch.cuda.device_of(values): _triton_inside()[3][-(-P//64),](values, corners, weights, d.contiguous(), dv, dw, P, C, CP, BLOCK=64)
+        return dv, None, dw
+
+@cache
+def _inside_trouble(kind): # '' if Triton finds what torch finds, there and back
+    some = torch.Generator().manual_seed(0)
+    screen, values = torch.rand(9, 3, generator=some) + torch.tensor([0., 0., 1.]), torch.rand(9, 3, generator=some)
+    corners = torch.rand(50, 9, generator=some).argsort(1)[:, :3].t().contiguous().to(kind)
+    pixels, given = torch.randint(64, (50,), generator=some).to(kind), [o.to(kind).requires_grad_() for o in (screen*20, values)]
+    def check():
+        found = []
+        with torch.enable_grad():
+            for weigh, mix in ((_Weigh.apply, _Mix.apply), (_weigh_torch, _mix_torch)):
+                weights, depth = weigh(given[0], corners, pixels, 8)
+                out = mix(given[1], corners, weights)
+                found.append([weights, depth, out, *torch.autograd.grad(out.sin().sum() + (depth*.01).sin().sum() + weights.square().sum(), given)])
+        return all(((a - b).norm() <= 1e-3*b.norm()).item() for a, b in zip(*found))
+    return trouble_with(check)
+
+def _in_triton(x): return x.is_cuda and x.dtype == torch.float32 and not _inside_trouble('cuda')
+
 def fragments(
     screen: Tensor, # (V,3) from `to_screen`
     faces: Tensor, # (F,3)
@@ -222,12 +355,9 @@ def fragments(
 ) -> Fragments:
     "Where on its triangle each covered pixel lies"
     pixels = (ids.view(-1) >= 0).nonzero()[:, 0]
-    seen = faces.index_select(0, ids.view(-1).index_select(0, pixels))
-    corners = _corners(screen, seen)
-    width = ids.shape[1]
-    e = edge_functions(corners, pixels%width + .5, pixels//width + .5)
-    weights = e/e.sum(0)
-    return Fragments(ids, pixels, seen.t().contiguous(), weights, (weights*corners[2]).sum(0), screen, faces)
+    corners = faces.index_select(0, ids.view(-1).index_select(0, pixels)).t().contiguous()
+    weigh = _Weigh.apply if len(pixels) and _in_triton(screen) else _weigh_torch
+    return Fragments(ids, pixels, corners, *weigh(screen, corners, pixels, ids.shape[1]), screen, faces)
 
 def rasterize(
     camera: Camera,
@@ -240,22 +370,25 @@ def rasterize(
     screen = to_screen(camera, vertices)
     return fragments(screen, faces, visible_faces(screen, faces, camera.height, camera.width, near, backend))
 
-# %% ../nbs/31_raster.ipynb #6d661fbc
+# %% ../nbs/31_raster.ipynb #7fb9a6a0
 def interpolate(
     fragments: Fragments,
     attributes: Tensor, # (V,C): a row for each vertex
 ) -> Tensor: # (P,C)
     "What the vertices say, at the covered pixels"
-    at = attributes.index_select(0, fragments.corners.view(-1)).view(3, -1, attributes.shape[1])
-    return (at*fragments.weights[..., None]).sum(0)
+    mix = _Mix.apply if len(fragments.pixels) and _in_triton(attributes) else _mix_torch
+    return mix(attributes, fragments.corners, fragments.weights)
 
-# %% ../nbs/31_raster.ipynb #bea8e8a8
+# %% ../nbs/31_raster.ipynb #09d412af
 def vertex_normals(
     vertices: Tensor, # (V,3)
     faces: Tensor, # (F,3), counter-clockwise from outside
     area_weighted: bool = False, # Let large faces count more; the official code does not
+    backend: str = 'auto', # 'torch' (any device), 'triton' (GPU, not weighted); 'auto' takes the fastest
 ) -> Tensor: # (V,3), unit length
     "The mean normal of the faces around each vertex"
+    if backend == 'auto': backend = 'triton' if not area_weighted and _in_triton(vertices) and not _normals_trouble('cuda') else 'torch'
+    if backend == 'triton': return _Normals.apply(vertices, faces)
     corners = faces.t().reshape(-1)
     a, b, c = vertices.index_select(0, corners).view(3, -1, 3)
     normal = torch.linalg.cross(b - a, c - a)
@@ -265,6 +398,135 @@ def vertex_normals(
 def _unit(v): # shorter than a thousandth of the mean stays short, and so its gradient stays finite
     length = v.norm(dim=1, keepdim=True)
     return v/length.clamp(min=1e-3*length.detach().mean())
+
+@cache
+def _triton_normals():
+    global tl, _corner, _cross, _straighten
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _corner(x_ptr, i, real): return tl.load(x_ptr + 3*i, real, 0.), tl.load(x_ptr + 3*i + 1, real, 0.), tl.load(x_ptr + 3*i + 2, real, 0.)
+
+    @triton.jit
+    def _cross(ax, ay, az, bx, by, bz): return ay*bz - az*by, az*bx - ax*bz, ax*by - ay*bx
+
+    @triton.jit
+    def _straighten(x, y, z, dx, dy, dz, floor): # the way back of a unit vector
+        length = tl.sqrt(x*x + y*y + z*z)
+        long = tl.maximum(length, floor)
+        along = tl.where(length > floor, (x*dx + y*dy + z*dz)/(long*long), 0.)
+        return (dx - along*x)/long, (dy - along*y)/long, (dz - along*z)/long
+
+    @triton.jit
+    def cross(vertex_ptr, face_ptr, n_ptr, total_ptr, faces, BLOCK: tl.constexpr):
+        f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real = f < faces
+        ax, ay, az = _corner(vertex_ptr, tl.load(face_ptr + 3*f, real, 0), real)
+        bx, by, bz = _corner(vertex_ptr, tl.load(face_ptr + 3*f + 1, real, 0), real)
+        cx, cy, cz = _corner(vertex_ptr, tl.load(face_ptr + 3*f + 2, real, 0), real)
+        x, y, z = _cross(bx - ax, by - ay, bz - az, cx - ax, cy - ay, cz - az)
+        tl.store(n_ptr + 3*f, x, real)
+        tl.store(n_ptr + 3*f + 1, y, real)
+        tl.store(n_ptr + 3*f + 2, z, real)
+        tl.atomic_add(total_ptr, tl.sum(tl.where(real, tl.sqrt(x*x + y*y + z*z), 0.), 0), sem='relaxed')
+
+    @triton.jit
+    def gather(face_ptr, n_ptr, total_ptr, sum_ptr, faces, BLOCK: tl.constexpr):
+        f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real, floor = f < faces, 1e-3*tl.load(total_ptr)/faces
+        x, y, z = _corner(n_ptr, f, real)
+        long = tl.maximum(tl.sqrt(x*x + y*y + z*z), floor)
+        for k in tl.static_range(3):
+            i = tl.load(face_ptr + 3*f + k, real, 0)
+            tl.atomic_add(sum_ptr + 3*i, x/long, real, sem='relaxed')
+            tl.atomic_add(sum_ptr + 3*i + 1, y/long, real, sem='relaxed')
+            tl.atomic_add(sum_ptr + 3*i + 2, z/long, real, sem='relaxed')
+
+    @triton.jit
+    def measure(sum_ptr, total_ptr, vertices, BLOCK: tl.constexpr):
+        v = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        x, y, z = _corner(sum_ptr, v, v < vertices)
+        tl.atomic_add(total_ptr + 1, tl.sum(tl.sqrt(x*x + y*y + z*z), 0), sem='relaxed')
+
+    @triton.jit
+    def unit(sum_ptr, d_ptr, total_ptr, out_ptr, vertices, BACK: tl.constexpr, BLOCK: tl.constexpr):
+        v = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real, floor = v < vertices, 1e-3*tl.load(total_ptr + 1)/vertices
+        x, y, z = _corner(sum_ptr, v, real)
+        if BACK:
+            dx, dy, dz = _corner(d_ptr, v, real)
+            x, y, z = _straighten(x, y, z, dx, dy, dz, floor)
+        else:
+            long = tl.maximum(tl.sqrt(x*x + y*y + z*z), floor)
+            x, y, z = x/long, y/long, z/long
+        tl.store(out_ptr + 3*v, x, real)
+        tl.store(out_ptr + 3*v + 1, y, real)
+        tl.store(out_ptr + 3*v + 2, z, real)
+
+    @triton.jit
+    def scatter(vertex_ptr, face_ptr, n_ptr, total_ptr, d_ptr, out_ptr, faces, BLOCK: tl.constexpr):
+        f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real, floor = f < faces, 1e-3*tl.load(total_ptr)/faces
+        i, j, k = tl.load(face_ptr + 3*f, real, 0), tl.load(face_ptr + 3*f + 1, real, 0), tl.load(face_ptr + 3*f + 2, real, 0)
+        ax, ay, az = _corner(vertex_ptr, i, real)
+        bx, by, bz = _corner(vertex_ptr, j, real)
+        cx, cy, cz = _corner(vertex_ptr, k, real)
+        ix, iy, iz = _corner(d_ptr, i, real)
+        jx, jy, jz = _corner(d_ptr, j, real)
+        kx, ky, kz = _corner(d_ptr, k, real)
+        x, y, z = _corner(n_ptr, f, real)
+        dx, dy, dz = _straighten(x, y, z, ix + jx + kx, iy + jy + ky, iz + jz + kz, floor)
+        bdx, bdy, bdz = _cross(cx - ax, cy - ay, cz - az, dx, dy, dz)
+        cdx, cdy, cdz = _cross(dx, dy, dz, bx - ax, by - ay, bz - az)
+        tl.atomic_add(out_ptr + 3*i, -bdx - cdx, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*i + 1, -bdy - cdy, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*i + 2, -bdz - cdz, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*j, bdx, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*j + 1, bdy, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*j + 2, bdz, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*k, cdx, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*k + 1, cdy, real, sem='relaxed')
+        tl.atomic_add(out_ptr + 3*k + 2, cdz, real, sem='relaxed')
+    return cross, gather, measure, unit, scatter
+
+class _Normals(torch.autograd.Function): # `vertex_normals` in a few kernels
+    @staticmethod
+    def forward(ctx, vertices, faces):
+        cross, gather, measure, unit, _ = _triton_normals()
+        vertices, faces = vertices.contiguous(), faces.contiguous()
+        V, F_, n = len(vertices), len(faces), vertices.new_empty(len(faces), 3)
+        room = vertices.new_zeros(3*V + 2) # the sums, and the two mean lengths
+        total, out = room[3*V:], torch.empty_like(vertices)
+        with torch.cuda.device_of(vertices):
+            cross[-(-F_//256),](vertices, faces, n, total, F_, BLOCK=256)
+            gather[-(-F_//256),](faces, n, total, room, F_, BLOCK=256)
+            measure[-(-V//256),](room, total, V, BLOCK=256)
+            unit[-(-V//256),](room, room, total, out, V, BACK=False, BLOCK=256)
+        ctx.save_for_backward(vertices, faces, n, room)
+        return out
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        vertices, faces, n, room = ctx.saved_tensors
+        *_, unit, scatter = _triton_normals()
+        V, F_, ds, out = len(vertices), len(faces), torch.empty_like(vertices), torch.zeros_like(vertices)
+        with torch.cuda.device_of(vertices):
+            unit[-(-V//256),](room, d.contiguous(), room[3*V:], ds, V, BACK=True, BLOCK=256)
+            scatter[-(-F_//256),](vertices, faces, n, room[3*V:], ds, out, F_, BLOCK=256)
+        return out, None
+
+@cache
+def _normals_trouble(kind): # '' if Triton finds what torch finds, there and back
+    some = torch.Generator().manual_seed(0)
+    vertices = torch.rand(20, 3, generator=some)
+    faces = torch.rand(30, 20, generator=some).argsort(1)[:, :3].contiguous()
+    vertices[faces[0, 2]] = vertices[faces[0, :2]].mean(0) # a sliver
+    vertices, faces, weighing = vertices.to(kind).requires_grad_(), faces.to(kind), torch.rand(20, 3, generator=some).to(kind)
+    def check():
+        with torch.enable_grad(): found = [(n, *torch.autograd.grad((n*weighing).sum(), vertices)) for n in (_Normals.apply(vertices, faces), vertex_normals(vertices, faces, backend='torch'))]
+        return all(((a - b).norm() <= 1e-3*b.norm()).item() for a, b in zip(*found))
+    return trouble_with(check)
 
 # %% ../nbs/31_raster.ipynb #76678e60
 @torch.no_grad()
@@ -288,7 +550,7 @@ def outline(
     keep = (sides == 1)[edge] | front & (fronts < sides)[edge]
     return torch.where(front[:, None], torch.stack([i, j], 1), torch.stack([j, i], 1))[keep]
 
-# %% ../nbs/31_raster.ipynb #2f6f7dee
+# %% ../nbs/31_raster.ipynb #e09b4212
 def _crossing(ends, steep, line):
     "How far along each edge it meets the centre of a scan line, and where on the line"
     xy = ends[..., :2]/ends[..., 2:]
@@ -352,11 +614,16 @@ def _triton_crossings():
             first += BLOCK
     return kernel
 
-def _crossings_triton(screen, edges, depth, near):
+def _crossing_slots(screen, edges, depth, near): # for each pixel, steep or flat, left or right: the outermost edge (its lower 32 bits) or -1
     height, width = depth.shape
     slots = torch.full((4*height*width,), -1, dtype=torch.long, device=screen.device)
     with torch.cuda.device_of(screen):
         if len(edges): _triton_crossings()[len(edges),](screen.contiguous(), edges.contiguous(), depth.contiguous(), slots, height, width, near, BLOCK=16, num_warps=1)
+    return slots
+
+def _crossings_triton(screen, edges, depth, near):
+    height, width = depth.shape
+    slots = _crossing_slots(screen, edges, depth, near)
     at = (slots >= 0).nonzero()[:, 0]
     pixel, steep, left = at//4, at & 2 != 0, at & 1
     beside = pixel + torch.where(steep, 1, width)
@@ -409,19 +676,115 @@ def outline_crossings(
     if backend not in crossings: raise ValueError(f"backend {backend!r} is none of 'auto', {', '.join(map(repr, crossings))}")
     return crossings[backend](screen.detach().float(), edges, depth, near)
 
-# %% ../nbs/31_raster.ipynb #3243c514
-def antialias(
-    fragments: Fragments,
-    image: Tensor, # (H,W,C), point-sampled: each pixel all of one surface
-    near: float = .01, # Nothing nearer is seen
-) -> Tensor: # (H,W,C)
-    "Blend the pixels on both sides of an outline by where it runs between their centres"
-    width = fragments.ids.shape[1]
-    depth = fragments.image(fragments.depth.detach()[:, None], float('inf'))[..., 0]
-    edges, steep, line, p, q = outline_crossings(fragments.screen, outline(fragments.screen, fragments.faces), depth, near)
-    _, across = _crossing(fragments.screen.index_select(0, edges.view(-1)).view(-1, 2, 3), steep, line)
+# %% ../nbs/31_raster.ipynb #5e80e047
+def _blend_torch(screen, image, edges, depth, near):
+    width = image.shape[1]
+    edges, steep, line, p, q = outline_crossings(screen, edges, depth, near)
+    _, across = _crossing(screen.index_select(0, edges.view(-1)).view(-1, 2, 3), steep, line)
     centre = torch.where(steep, p%width, p//width) + .5
     excess = ((across - centre).abs() - .5)[:, None]
     flat = image.reshape(-1, image.shape[-1])
     change = (flat.index_select(0, p) - flat.index_select(0, q))*excess
     return flat.index_add(0, torch.where(excess[:, 0] < 0, p, q), change).view(image.shape)
+
+def antialias(
+    fragments: Fragments,
+    image: Tensor, # (H,W,C), point-sampled: each pixel all of one surface
+    near: float = .01, # Nothing nearer is seen
+    backend: str = 'auto', # 'torch' (any device), 'triton' (GPU); 'auto' takes the fastest
+) -> Tensor: # (H,W,C)
+    "Blend the pixels on both sides of an outline by where it runs between their centres"
+    depth = fragments.image(fragments.depth.detach()[:, None], float('inf'))[..., 0]
+    edges = outline(fragments.screen, fragments.faces)
+    if backend == 'auto': backend = 'triton' if _in_triton(fragments.screen) and not _crossings_trouble('cuda') and not _blend_trouble('cuda') else 'torch'
+    if backend == 'torch': return _blend_torch(fragments.screen, image, edges, depth, near)
+    return _Blend.apply(fragments.screen, image, edges, _crossing_slots(fragments.screen.detach(), edges, depth, near))
+
+# %% ../nbs/31_raster.ipynb #44ae5334
+@cache
+def _triton_blend():
+    global tl, _meet
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _meet(screen_ptr, edge_ptr, slot_ptr, s, slots, width):
+        key = tl.load(slot_ptr + s, s < slots, -1)
+        real = key >= 0
+        e = key & 0xffffffff
+        i, j = tl.load(edge_ptr + 2*e, real, 0), tl.load(edge_ptr + 2*e + 1, real, 0)
+        pixel, steep, left = s//4, s & 2, s & 1
+        row, column = pixel//width, pixel%width
+        iw, jw = tl.load(screen_ptr + 3*i + 2, real, 1.), tl.load(screen_ptr + 3*j + 2, real, 1.)
+        ix, iy = tl.load(screen_ptr + 3*i, real, 0.)/iw, tl.load(screen_ptr + 3*i + 1, real, 0.)/iw
+        jx, jy = tl.load(screen_ptr + 3*j, real, 0.)/jw, tl.load(screen_ptr + 3*j + 1, real, 0.)/jw
+        a0, a1 = tl.where(steep != 0, iy, ix), tl.where(steep != 0, jy, jx)
+        c0, c1 = tl.where(steep != 0, ix, iy), tl.where(steep != 0, jx, jy)
+        span = tl.where(real, a1 - a0, 1.)
+        share = (tl.where(steep != 0, row, column) + .5 - a0)/span
+        offset = c0 + share*(c1 - c0) - (tl.where(steep != 0, column, row) + tl.where(left == 1, 0, 1) + .5)
+        beside = pixel + tl.where(steep != 0, 1, width)
+        p, q = tl.where(left == 1, pixel, beside), tl.where(left == 1, beside, pixel)
+        excess = tl.abs(offset) - .5
+        return real, i, j, ix, iy, iw, jx, jy, jw, steep, span, share, c1 - c0, offset, excess, p, q, tl.where(excess < 0, p, q)
+
+    @triton.jit
+    def blend(screen_ptr, edge_ptr, slot_ptr, image_ptr, out_ptr, slots, width, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+        s, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
+        if tl.max(tl.load(slot_ptr + s, s < slots, -1), 0) >= 0:
+            real, i, j, ix, iy, iw, jx, jy, jw, steep, span, share, slope, offset, excess, p, q, to = _meet(screen_ptr, edge_ptr, slot_ptr, s, slots, width)
+            here = real[:, None] & (c < C)
+            change = (tl.load(image_ptr + p[:, None]*C + c, here, 0.) - tl.load(image_ptr + q[:, None]*C + c, here, 0.))*excess[:, None]
+            tl.atomic_add(out_ptr + to[:, None]*C + c, change, here, sem='relaxed')
+
+    @triton.jit
+    def blend_back(screen_ptr, edge_ptr, slot_ptr, image_ptr, d_ptr, dimage_ptr, dscreen_ptr, slots, width, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+        s, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
+        if tl.max(tl.load(slot_ptr + s, s < slots, -1), 0) >= 0:
+            real, i, j, ix, iy, iw, jx, jy, jw, steep, span, share, slope, offset, excess, p, q, to = _meet(screen_ptr, edge_ptr, slot_ptr, s, slots, width)
+            here = real[:, None] & (c < C)
+            g = tl.load(d_ptr + to[:, None]*C + c, here, 0.)
+            tl.atomic_add(dimage_ptr + p[:, None]*C + c, g*excess[:, None], here, sem='relaxed')
+            tl.atomic_add(dimage_ptr + q[:, None]*C + c, -g*excess[:, None], here, sem='relaxed')
+            d = tl.sum(g*(tl.load(image_ptr + p[:, None]*C + c, here, 0.) - tl.load(image_ptr + q[:, None]*C + c, here, 0.)), 1)*tl.where(offset < 0, -1., 1.)
+            dc0, dc1, da0, da1 = d*(1 - share), d*share, d*slope*(share - 1)/span, -d*slope*share/span
+            dix, diy = tl.where(steep != 0, dc0, da0)/iw, tl.where(steep != 0, da0, dc0)/iw
+            djx, djy = tl.where(steep != 0, dc1, da1)/jw, tl.where(steep != 0, da1, dc1)/jw
+            tl.atomic_add(dscreen_ptr + 3*i, dix, real, sem='relaxed')
+            tl.atomic_add(dscreen_ptr + 3*i + 1, diy, real, sem='relaxed')
+            tl.atomic_add(dscreen_ptr + 3*i + 2, -ix*dix - iy*diy, real, sem='relaxed')
+            tl.atomic_add(dscreen_ptr + 3*j, djx, real, sem='relaxed')
+            tl.atomic_add(dscreen_ptr + 3*j + 1, djy, real, sem='relaxed')
+            tl.atomic_add(dscreen_ptr + 3*j + 2, -jx*djx - jy*djy, real, sem='relaxed')
+    return blend, blend_back
+
+class _Blend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, screen, image, edges, slots):
+        screen, image, C = screen.contiguous(), image.contiguous(), image.shape[-1]
+        out = image.clone()
+        with torch.cuda.device_of(screen): _triton_blend()[0][-(-len(slots)//128),](screen, edges, slots, image, out, len(slots), image.shape[1], C, 1 << (C - 1).bit_length(), BLOCK=128)
+        ctx.save_for_backward(screen, image, edges, slots)
+        return out
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        screen, image, edges, slots = ctx.saved_tensors
+        d, C, dscreen = d.contiguous(), image.shape[-1], torch.zeros_like(screen)
+        dimage = d.clone()
+        with torch.cuda.device_of(screen): _triton_blend()[1][-(-len(slots)//128),](screen, edges, slots, image, d, dimage, dscreen, len(slots), image.shape[1], C, 1 << (C - 1).bit_length(), BLOCK=128)
+        return dscreen, dimage, None, None
+
+@cache
+def _blend_trouble(kind): # '' if Triton finds what torch finds, there and back
+    some = torch.Generator().manual_seed(0)
+    screen = torch.rand(12, 3, generator=some)*torch.tensor([24., 24., 1.]) + torch.tensor([0., 0., .5])
+    edges, depth = torch.arange(12).view(6, 2), torch.rand(16, 16, generator=some) + .5
+    screen, image, edges, depth, weighing = screen.to(kind).requires_grad_(), torch.rand(16, 16, 3, generator=some).to(kind).requires_grad_(), edges.to(kind), depth.to(kind), torch.rand(16, 16, 3, generator=some).to(kind)
+    def check():
+        found = []
+        with torch.enable_grad():
+            for out in (_Blend.apply(screen, image, edges, _crossing_slots(screen.detach(), edges, depth, .01)), _blend_torch(screen, image, edges, depth, .01)):
+                found.append([out, *torch.autograd.grad((out*weighing).sum(), [screen, image])])
+        return all(((a - b).norm() <= 1e-3*b.norm()).item() for a, b in zip(*found))
+    return trouble_with(check)

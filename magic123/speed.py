@@ -8,7 +8,7 @@ __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_pr
            'some_points', 'measure_hashgrid', 'measure_volume', 'measure_surface', 'start_up', 'save_random',
            'measure_start', 'about', 'measure', 'load_results', 'add_result', 'main']
 
-# %% ../nbs/63_speed.ipynb #95429525
+# %% ../nbs/63_speed.ipynb #81729046
 import argparse, json, platform, statistics, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .cameras import Camera
 from .dmtet import DMTet
 from .fast_priors import prior_speed, quicken
 from .hashgrid import HashGrid, Layout
-from .image_to_mesh import make_nerf, pick_dtype, versions
+from .image_to_mesh import make_nerf, pick_dtype, ready_device, versions
 from .joint_prior import JointPrior
 from .nerf import NeRF
 from .optimise import Run
@@ -453,7 +453,7 @@ def measure_start(
             return json.loads(done.stdout.splitlines()[-1]) | dict(process=round(time.perf_counter() - began, 2))
         return dict(cold=once(), cached=once())
 
-# %% ../nbs/63_speed.ipynb #9635285e
+# %% ../nbs/63_speed.ipynb #17cbf0f8
 PARTS = 'priors', 'coarse', 'fine', 'hashgrid', 'volume', 'surface', 'startup'
 
 def about(
@@ -475,7 +475,7 @@ def measure(
     say=print,
 ) -> dict[str, dict]:
     "Measure parts, one after the other"
-    device, out = torch.device(device or default_device()), {}
+    device, out = ready_device(torch.device(device or default_device())), {}
     full = device.type == 'cuda'
     recipe = recipe or Recipe.preset('official' if full else 'quick')
     dtype, image, cache = pick_dtype(recipe.priors.dtype, device), 'toybox:teddy_bear:900017', SimpleNamespace()
