@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Camera', 'stack_c2w', 'relative_pose', 'sample_novel_camera', 'turntable_cameras', 'held_out_cameras']
 
-# %% ../nbs/01_cameras.ipynb #45e1a0f6
+# %% ../nbs/01_cameras.ipynb #ff1645f8
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -92,20 +93,24 @@ def azimuth(self: Camera) -> float:
     if math.hypot(x, z) < 1e-6*self.radius: x, z = -self.c2w[2, 0].item(), self.c2w[0, 0].item()
     return math.degrees(math.atan2(x, z))
 
-# %% ../nbs/01_cameras.ipynb #d7bc8011
+# %% ../nbs/01_cameras.ipynb #327ee301
 @patch(as_prop=True)
 def focal(self: Camera) -> float:
     "Pixels per unit of sideways over forward"
     return self.height/(2*math.tan(math.radians(self.fovy)/2))
 
+@lru_cache(16)
+def _pixels(height, width, device, dtype): # pixel centres, to the right and up: (H*W,2)
+    up, right = (torch.arange(n, device=device, dtype=dtype) + .5 - n/2 for n in (height, width))
+    y, x = torch.meshgrid(-up, right, indexing='ij')
+    return torch.stack([x, y], -1).view(-1, 2)
+
 @patch
 def rays(self: Camera) -> tuple[Tensor, Tensor]: # Origins and directions: (H,W,3) each
     "A ray through every pixel's centre, of unit depth"
-    x = (torch.arange(self.width, device=self.c2w.device) + .5 - self.width/2)/self.focal
-    y = (torch.arange(self.height, device=self.c2w.device) + .5 - self.height/2)/self.focal
-    y, x = torch.meshgrid(y, x, indexing='ij')
-    d = torch.stack([x, -y, -torch.ones_like(x)], -1) @ self.c2w[:3, :3].T
-    return self.origin.expand_as(d), d
+    right, up, back = self.c2w[:3, :3].unbind(1)
+    d = torch.addmm(back, _pixels(self.height, self.width, self.c2w.device, self.c2w.dtype), torch.stack([right, up]), beta=-1, alpha=1/self.focal)
+    return self.origin.expand_as(d).view(self.height, self.width, 3), d.view(self.height, self.width, 3)
 
 @patch
 def project(self: Camera,

@@ -19,7 +19,7 @@ from .losses import laplacian_loss, mesh_normal_consistency, sdf_sign_loss
 from .tets import crossed_edges, marching_tets, tet_lattice, zero_crossings
 from .raster import antialias, interpolate, rasterize, vertex_normals
 
-# %% ../nbs/32_dmtet.ipynb #5910a8c6
+# %% ../nbs/32_dmtet.ipynb #6e746c18
 class DMTet(nn.Module):
     "A surface on a tetrahedral lattice, with a colour field"
     def __init__(self,
@@ -75,13 +75,13 @@ class DMTet(nn.Module):
         normals: bool = True, # Whether the view is to have normals
     ) -> View:
         "What `camera` sees"
-        camera = camera.to(self.sdf.device)
         vertices, faces, edges = self._surface()
         seen = rasterize(camera, vertices, faces)
         needed = normals or shading.needs_normals
         normal = F.normalize(interpolate(seen, vertex_normals(vertices, faces)), dim=1) if needed else None
         albedo = self._albedo(vertices, seen) if shading.mode in ('albedo', 'lambertian') else None
-        rgb = shade(albedo, normal, shading.mode, shading.towards(camera), shading.ambient)
+        light = shading.towards(camera).to(self.sdf.device, non_blocking=self.sdf.is_cuda)
+        rgb = shade(albedo, normal, shading.mode, light, shading.ambient)
         layers = [rgb, torch.ones_like(rgb[:, :1]), seen.depth[:, None]] + [normal]*normals
         rgb, alpha, depth, *normal = antialias(seen, seen.image(torch.cat(layers, 1))).split([3, 1, 1] + [3]*normals, -1)
         alpha = alpha.clamp(0, 1)
@@ -164,7 +164,7 @@ def signed_distance(
     distance[close] = np.linalg.norm(touch - at[close, None], axis=-1).min(1)
     return torch.from_numpy(distance).to(vertices)*torch.where(level > 0, 1., -1.)
 
-# %% ../nbs/32_dmtet.ipynb #9debf0d7
+# %% ../nbs/32_dmtet.ipynb #15343fba
 def silhouette_distance(
     points: Tensor, # (N,3)
     mask: Tensor, # (H,W,1) in [0,1]
@@ -174,7 +174,7 @@ def silhouette_distance(
     from scipy.ndimage import distance_transform_edt as to_edge
     solid = np.pad(mask[..., 0].detach().cpu().numpy() > .5, 1)
     pixels = torch.from_numpy(np.where(solid, to_edge(solid) - .5, .5 - to_edge(~solid)).astype(np.float32)).to(points)
-    xy, depth = camera.project(points)
+    xy, depth = camera.to(points.device).project(points)
     size = torch.tensor([camera.width + 2, camera.height + 2], device=xy.device)
     at = 2*(xy + 1)/size - 1
     read = F.grid_sample(pixels[None, None], at[None, None].float(), padding_mode='border', align_corners=False)[0, 0, 0]

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['trunc_exp', 'blob', 'Field']
 
-# %% ../nbs/21_field.ipynb #72865411
+# %% ../nbs/21_field.ipynb #613af50a
 from contextlib import contextmanager
+from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +39,7 @@ def blob(
     "A Gaussian at the origin"
     return density*torch.exp(-x.square().sum(-1)/(2*radius**2))
 
-# %% ../nbs/21_field.ipynb #edbce4dc
+# %% ../nbs/21_field.ipynb #79b31ec2
 class _Product(torch.autograd.Function): # nn.Linear on tensor cores: numbers of eleven bits, sums of 24
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -56,6 +57,11 @@ def _eleven_bits():
     torch.set_float32_matmul_precision('high')
     try: yield
     finally: torch.set_float32_matmul_precision(was)
+
+@cache
+def _six(eps, device, dtype):
+    step = eps*torch.eye(3, device=device, dtype=dtype)
+    return torch.cat([step, -step])[:, None]
 
 def _recall(field, _): field.active_levels = int(field._active)
 
@@ -91,8 +97,8 @@ class Field(nn.Module):
     def active_levels(self) -> int: return self._levels # kept twice: asking the buffer would wait for the GPU
     @active_levels.setter
     def active_levels(self, n):
+        if n != getattr(self, '_levels', None): self._active.fill_(n)
         self._levels = n
-        self._active.fill_(n)
 
     def _network(self, h):
         if not h.is_cuda or h.dtype != torch.float32: return self.mlp(h)
@@ -130,8 +136,7 @@ class Field(nn.Module):
         return self._fall(self.density(self._ends(x, eps or self.normal_eps)))
 
     def _ends(self, x, eps):
-        step = eps*torch.eye(3, device=x.device, dtype=x.dtype)
-        return (x + torch.cat([step, -step])[:, None]).clamp(-1, 1).view(-1, 3) # neighbours of neighbours stay neighbours, which the grid likes
+        return (x + _six(eps, x.device, x.dtype)).clamp(-1, 1).view(-1, 3) # neighbours of neighbours stay neighbours, which the grid likes
 
     def _fall(self, density):
         ahead, behind = density.view(2, 3, -1)

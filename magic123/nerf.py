@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OccupancyGrid', 'Samples', 'march', 'transmittance', 'along_rays', 'collect_light', 'depth_normals', 'NeRF']
 
-# %% ../nbs/22_nerf.ipynb #d1891cb6
-import functools, math
+# %% ../nbs/22_nerf.ipynb #606d0e62
+import functools, math, weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .losses import entropy_loss, orientation_loss
 from .shading import Shading, View, composite, shade
 from .show import UserError
 
-# %% ../nbs/22_nerf.ipynb #3131f693
+# %% ../nbs/22_nerf.ipynb #c864265a
 def _uniform(*shape, generator, device): # on a GPU from dice made there: millions of numbers would travel for longer than the rest takes
     if generator is not None and generator.device.type != torch.device(device).type:
         generator = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator, device=generator.device).item())
@@ -32,6 +33,8 @@ def _in_chunks(ask, size, *xs, forget=False): # with gradients all at once, or i
     if grad and not forget or len(xs[0]) <= size: return ask(*xs)
     parts = [checkpoint(ask, *o, use_reentrant=False, preserve_rng_state=False) if grad else ask(*o) for o in zip(*(x.split(size) for x in xs))]
     return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(map(torch.cat, zip(*parts)))
+
+_changed = weakref.WeakKeyDictionary() # Occupancy grid: when its last change is done
 
 class OccupancyGrid(nn.Module):
     "Which cells of [-1,1]^3 are worth a visit"
@@ -58,6 +61,7 @@ class OccupancyGrid(nn.Module):
         new = _in_chunks(density, _room(device), points).nan_to_num(0, posinf=torch.finfo(torch.float32).max).view_as(self.density)
         self.density.copy_(torch.maximum(self.density*self.decay, new))
         self.occupied.copy_(self.density >= self.level)
+        if device.type == 'cuda': _changed[self] = torch.cuda.current_stream(device).record_event()
 
     @property
     def level(self) -> Tensor: # Scalar
@@ -274,7 +278,10 @@ def _collect_torch(density, colour, normal, samples, step):
     if normal is not None: values.append(w.detach()[:, None]*normal)
     return along_rays(torch.cat(values, 1), samples), w
 
-# %% ../nbs/22_nerf.ipynb #6edee65f
+# %% ../nbs/22_nerf.ipynb #d1306bde
+@functools.cache
+def _side(device): return torch.cuda.Stream(device)
+
 @functools.cache
 def _triton_light():
     global tl, _through
@@ -428,7 +435,7 @@ def depth_normals(
     normal = _slope(points, depth, 0).cross(_slope(points, depth, 1), dim=-1)
     return F.normalize(torch.where(seen, normal, 0.), dim=-1, eps=1e-10)
 
-# %% ../nbs/22_nerf.ipynb #f0621cba
+# %% ../nbs/22_nerf.ipynb #6f9b48a6
 class NeRF(nn.Module):
     "The coarse scene: a field, seen by volume rendering"
     def __init__(self,
@@ -484,9 +491,23 @@ class NeRF(nn.Module):
             lo, hi = hi, 2*hi
         return T > self.stop
 
+    @contextmanager
+    def _early(self): # a list for tensors: where the rays go does not depend on the last step, so a GPU need not have finished it
+        device, kept = self.occupancy.density.device, []
+        if device.type != 'cuda':
+            yield kept
+            return
+        here, stream = torch.cuda.current_stream(device), _side(device)
+        stream.wait_event(_changed[self.occupancy]) if self.occupancy in _changed else stream.wait_stream(here)
+        with torch.cuda.stream(stream): yield kept
+        here.wait_stream(stream)
+        for t in kept: t.record_stream(here)
+
     def _trace(self, origins, directions, shading, light, generator, per_sample):
-        at = lambda s: origins[s.ray] + s.t[:, None]*directions[s.ray]
-        samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
+        at = lambda s: torch.addcmul(origins.index_select(0, s.ray), s.t[:, None], directions.index_select(0, s.ray))
+        with self._early() as kept:
+            samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
+            kept += [samples.ray, samples.t, samples.start]
         points = at(samples)
         if self.stop > 0 and len(samples):
             samples = self._sift(samples, points)
@@ -495,7 +516,7 @@ class NeRF(nn.Module):
         density, colour, *normal = _in_chunks(ask, size, points, forget=self.low_memory)
         normal, aux = normal[0] if normal else None, {}
         if per_sample:
-            aux = dict(normals=normal, directions=directions[samples.ray])
+            aux = dict(normals=normal, directions=directions.index_select(0, samples.ray))
             colour = shade(colour, normal, shading.mode, light, shading.ambient)
         sums, w = collect_light(density, colour, normal, samples, self.step)
         return sums, dict(weights=w) | aux
@@ -508,11 +529,15 @@ class NeRF(nn.Module):
         normals: bool = True, # Whether the view shall have them, even if the shading does not need them
     ) -> View:
         "What `camera` sees"
-        camera = camera.to(self.occupancy.density.device)
+        device = self.occupancy.density.device
         H, W, normals = camera.height, camera.width, normals or shading.needs_normals
-        rays, light = [o.reshape(-1, 3) for o in camera.rays()], shading.towards(camera)
+        light = shading.towards(camera).to(device, non_blocking=device.type == 'cuda')
+        with self._early() as kept:
+            camera = camera.to(device)
+            rays = [o.reshape(-1, 3) for o in camera.rays()]
+            kept += [camera.c2w, *rays]
         per_sample = normals and self.normals == 'density'
-        size = len(rays[0]) if torch.is_grad_enabled() else 2**13
+        size = len(rays[0]) if torch.is_grad_enabled() else 2**16 if device.type == 'cuda' else 2**13
         parts = [self._trace(o, d, shading if per_sample else Shading(), light, generator, per_sample) for o, d in zip(*(r.split(size) for r in rays))]
         rgb, alpha, depth, normal = torch.cat([p for p, _ in parts]).view(H, W, -1).split([3, 1, 1, 3*per_sample], -1)
         if normals and not per_sample:

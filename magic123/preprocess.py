@@ -281,7 +281,7 @@ def find_mask(
     notes.append('Mask: GrabCut, for the picture has no transparency. If it missed the object, give a picture with transparency or a mask file')
     return grabcut_mask(rgb)*alpha
 
-# %% ../nbs/10_preprocess.ipynb #842321e9
+# %% ../nbs/10_preprocess.ipynb #b6b21390
 def _resized(rgb, mask, depth, height, width=None):
     size = height, width or height
     if depth is not None:
@@ -311,9 +311,9 @@ class Reference:
         return self._sizes[size]
 
     def to(self, device) -> 'Reference':
-        "The same, on `device`"
+        "The same, its pictures on `device`; the camera is asked for its angles and stays where that costs nothing"
         return Reference(self.rgb.to(device), self.mask.to(device), None if self.depth is None else self.depth.to(device),
-            self.camera.to(device), self.rgba, self.notes)
+            self.camera, self.rgba, self.notes)
 
     def __repr__(self): return f'Reference({len(self.rgb)}x{len(self.rgb)}, depth={self.depth is not None}, notes={self.notes})'
     def _repr_jpeg_(self):

@@ -16,15 +16,16 @@ from torch.nn import functional as F
 from .cameras import Camera
 from .hashgrid import jit, numba_threads, pick_backend, trouble_with
 
-# %% ../nbs/31_raster.ipynb #1892fce6
+# %% ../nbs/31_raster.ipynb #4ce98e2b
 def to_screen(
     camera: Camera,
     vertices: Tensor, # (V,3), world space
 ) -> Tensor: # (V,3): pixel x times depth, pixel y times depth, depth
     "Homogeneous pixel coordinates: linear in the vertices, also behind the camera"
-    c2w = camera.c2w.to(vertices.device)
-    x, y, z = ((vertices - c2w[:3, 3]) @ c2w[:3, :3]).unbind(-1)
-    return torch.stack([camera.focal*x - camera.width/2*z, -camera.focal*y - camera.height/2*z, -z], -1)
+    right, up, back, origin = camera.c2w[:3].unbind(1)
+    to = torch.stack([camera.focal*right - camera.width/2*back, -camera.focal*up - camera.height/2*back, -back], 1)
+    to, origin = (o.to(vertices.device, non_blocking=vertices.is_cuda) for o in (to, origin))
+    return (vertices - origin) @ to
 
 # %% ../nbs/31_raster.ipynb #5835e594
 def edge_functions(
