@@ -529,13 +529,8 @@ def _normals_trouble(kind): # '' if Triton finds what torch finds, there and bac
         return all(((a - b).norm() <= 1e-3*b.norm()).item() for a, b in zip(*found))
     return trouble_with(check)
 
-# %% ../nbs/31_raster.ipynb #76678e60
-@torch.no_grad()
-def outline(
-    screen: Tensor, # (V,3) from `to_screen`
-    faces: Tensor, # (F,3), all turning the same way
-) -> Tensor: # (S,2): mesh edges, in the direction of the face that looks at the viewer
-    "The edges where a surface turns away from the viewer, or ends"
+# %% ../nbs/31_raster.ipynb #93f7d8c9
+def _sides_torch(screen, faces): # whether each face is seen from its front; each vertex of a front, of a back (2,V); where neighbours don't cancel
     V, after = len(screen), faces.roll(-1, 1)
     a, b, c = _corners(screen, faces).unbind(1)
     front = (a*torch.linalg.cross(b, c, dim=0)).sum(0) < 0
@@ -543,7 +538,55 @@ def outline(
     shows.index_fill_(0, (faces + V*(~front)[:, None]).view(-1), True)
     gap = torch.zeros(V, dtype=torch.long, device=screen.device)
     gap.index_add_(0, faces.view(-1), (after**3 - faces.roll(1, 1)**3).view(-1))
-    turning = shows.view(2, V).all(0) | (gap != 0)
+    return front, shows.view(2, V), gap
+
+@cache
+def _triton_sides():
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(screen_ptr, face_ptr, front_ptr, shows_ptr, gap_ptr, faces, vertices, BLOCK: tl.constexpr):
+        f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
+        real = f < faces
+        i, j, k = tl.load(face_ptr + 3*f, real, 0), tl.load(face_ptr + 3*f + 1, real, 0), tl.load(face_ptr + 3*f + 2, real, 0)
+        ax, ay, az = tl.load(screen_ptr + 3*i), tl.load(screen_ptr + 3*i + 1), tl.load(screen_ptr + 3*i + 2)
+        bx, by, bz = tl.load(screen_ptr + 3*j), tl.load(screen_ptr + 3*j + 1), tl.load(screen_ptr + 3*j + 2)
+        cx, cy, cz = tl.load(screen_ptr + 3*k), tl.load(screen_ptr + 3*k + 1), tl.load(screen_ptr + 3*k + 2)
+        front = ax*(by*cz - bz*cy) + ay*(bz*cx - bx*cz) + az*(bx*cy - by*cx) < 0
+        row, one = tl.where(front, 0, vertices), (f*0 + 1).to(tl.int8)
+        tl.store(front_ptr + f, front.to(tl.int8), real)
+        tl.store(shows_ptr + row + i, one, real)
+        tl.store(shows_ptr + row + j, one, real)
+        tl.store(shows_ptr + row + k, one, real)
+        u, v, w = i*i*i, j*j*j, k*k*k
+        tl.atomic_add(gap_ptr + i, v - w, real, sem='relaxed')
+        tl.atomic_add(gap_ptr + j, w - u, real, sem='relaxed')
+        tl.atomic_add(gap_ptr + k, u - v, real, sem='relaxed')
+    return kernel
+
+def _sides_triton(screen, faces):
+    V, F_, device = len(screen), len(faces), screen.device
+    front, shows, gap = torch.zeros(F_, dtype=torch.int8, device=device), torch.zeros(2, V, dtype=torch.int8, device=device), torch.zeros(V, dtype=torch.long, device=device)
+    with torch.cuda.device_of(screen): _triton_sides()[-(-F_//128),](screen.contiguous(), faces.contiguous(), front, shows, gap, F_, V, BLOCK=128)
+    return front.view(torch.bool), shows.view(torch.bool), gap
+
+@cache
+def _sides_trouble(kind): # '' if Triton sees what torch sees
+    some = torch.Generator().manual_seed(0)
+    screen, faces = torch.rand(20, 3, generator=some).to(kind), torch.rand(30, 20, generator=some).argsort(1)[:, :3].contiguous().to(kind)
+    return trouble_with(lambda: all(torch.equal(a, b) for a, b in zip(_sides_triton(screen, faces), _sides_torch(screen, faces))))
+
+@torch.no_grad()
+def outline(
+    screen: Tensor, # (V,3) from `to_screen`
+    faces: Tensor, # (F,3), all turning the same way
+) -> Tensor: # (S,2): mesh edges, in the direction of the face that looks at the viewer
+    "The edges where a surface turns away from the viewer, or ends"
+    V, after = len(screen), faces.roll(-1, 1)
+    front, shows, gap = (_sides_triton if _in_triton(screen) and not _sides_trouble('cuda') else _sides_torch)(screen, faces)
+    turning = shows.all(0) | (gap != 0)
     f, k = (turning[faces] & turning[after]).nonzero(as_tuple=True)
     i, j, front = faces[f, k], after[f, k], front[f]
     _, edge, sides = torch.unique(torch.minimum(i, j)*V + torch.maximum(i, j), return_inverse=True, return_counts=True)
