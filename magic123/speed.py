@@ -8,8 +8,8 @@ __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_pr
            'some_points', 'measure_hashgrid', 'measure_volume', 'measure_surface', 'start_up', 'save_random',
            'measure_start', 'about', 'measure', 'load_results', 'add_result', 'main']
 
-# %% ../nbs/63_speed.ipynb #81729046
-import argparse, json, platform, statistics, sys, tempfile, time
+# %% ../nbs/63_speed.ipynb #e0cc3e83
+import argparse, json, statistics, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from .cameras import Camera
 from .dmtet import DMTet
-from .fast_priors import prior_speed, quicken
-from .hashgrid import HashGrid, Layout
-from .image_to_mesh import make_nerf, pick_dtype, ready_device, versions
+from .fast_priors import prior_speed
+from .hashgrid import HashGrid
+from .image_to_mesh import make_nerf, pick_dtype, prior_folder, ready_device, ready_priors, versions
 from .joint_prior import JointPrior
 from .nerf import NeRF
 from .optimise import Run
 from .preprocess import Reference, load_reference
 from .recipe import Recipe
 from .sds import alphas_cumprod
-from .shading import Shading
+from .shading import Shading, View
 from .show import UserError, atomic_write, data_folder, default_device
 from .stable_diffusion import LatentDiffusion, StableDiffusionPrior
 from .toybox import Toy, parse_toy
@@ -381,7 +381,7 @@ def measure_surface(
     scene.zero_grad()
     return out
 
-# %% ../nbs/63_speed.ipynb #3bde83b0
+# %% ../nbs/63_speed.ipynb #13a2ae68
 def start_up(
     recipe: Recipe,
     folder: str | Path, # Has `stable_diffusion` and `zero123`
@@ -389,8 +389,6 @@ def start_up(
     image: str = 'toybox:teddy_bear:900017',
 ) -> dict[str, float]: # Seconds
     "Read both priors and ask each once"
-    from magic123.image_to_mesh import ready_priors
-    from magic123.shading import View
     device, began = torch.device(device), time.perf_counter()
     reference, p, folder = load_reference(image).to(device), recipe.priors, Path(folder)
     common = dict(device=device, dtype=pick_dtype(p.dtype, device), weighting=p.weighting)
@@ -453,7 +451,7 @@ def measure_start(
             return json.loads(done.stdout.splitlines()[-1]) | dict(process=round(time.perf_counter() - began, 2))
         return dict(cold=once(), cached=once())
 
-# %% ../nbs/63_speed.ipynb #17cbf0f8
+# %% ../nbs/63_speed.ipynb #8120ac76
 PARTS = 'priors', 'coarse', 'fine', 'hashgrid', 'volume', 'surface', 'startup'
 
 def about(
@@ -488,7 +486,6 @@ def measure(
         if not hasattr(cache, name): setattr(cache, name, make())
         return getattr(cache, name)
     def prior():
-        from magic123.image_to_mesh import prior_folder, ready_priors
         if full: return ready_priors(recipe, random_priors(recipe, reference, device, dtype))
         common = dict(device=device, dtype=dtype, weighting=recipe.priors.weighting)
         return ready_priors(recipe, {'2d': StableDiffusionPrior.load(prior_folder('tiny', 'stable_diffusion'), parse_toy(image).caption(), recipe.priors.guidance_2d, **common),
@@ -552,7 +549,7 @@ def main(
     parser.add_argument('--speed', default='graphs', choices=['plain', 'graphs', 'compiled'])
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'float16', 'bfloat16'])
     parser.add_argument('--low-memory', action='store_true')
-    parser.add_argument('--out', default=None, help='data/results/speed.json if there, else speed.json')
+    parser.add_argument('--out', default=None, help='speed.json if not given; parts are added to what is there')
     args = parser.parse_args(argv)
     device = torch.device(args.device or default_device())
     recipe = Recipe.load(args.recipe or ('official' if device.type == 'cuda' else 'quick'))
