@@ -163,7 +163,7 @@ class ThereAndBack(torch.autograd.Function):
         recorded.turn += 1
         return recorded.dx.clone(), None
 
-# %% ../nbs/49_fast_priors.ipynb #a4cbb395
+# %% ../nbs/49_fast_priors.ipynb #46caa74c
 SPEEDS = 'plain', 'graphs', 'compiled'
 
 @cache
@@ -193,9 +193,14 @@ class FastDiffusion(LatentDiffusion):
             finally: torch.backends.cudnn.benchmark = was
         return self.recordings[key]
 
+    def see(self, x: Tensor) -> Tensor:
+        "As `LatentDiffusion.see`"
+        if self.encoder_jacobian or not self.record or torch.is_grad_enabled(): return super().see(x)
+        return self._recorded(Recorded, super().see, x)(x)
+
     def look(self, x: Tensor) -> Tensor:
         "As `LatentDiffusion.look`"
-        if not (self.record and x.requires_grad and torch.is_grad_enabled()): return super().look(x)
+        if not (self.encoder_jacobian and self.record and x.requires_grad and torch.is_grad_enabled()): return super().look(x)
         return ThereAndBack.apply(x, self._recorded(RecordedBothWays, super().look, x))
 
     def predict_noise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -233,7 +238,7 @@ def quicken(
     if cuda and speed == 'compiled':
         eye = model.vae.encoder
         for net in (model.unet, *((*eye.down_blocks, eye.mid_block) if low_memory else (eye,))): net.compile(dynamic=False)
-    return replace(prior, diffusion=FastDiffusion(model.vae, model.unet, model.alphas_cumprod, model.prediction_type, pair, record=cuda, low_memory=low_memory))
+    return replace(prior, diffusion=FastDiffusion(**vars(model), pair=pair, record=cuda, low_memory=low_memory))
 
 # %% ../nbs/49_fast_priors.ipynb #a8d3193d
 def _median_ms(work, device, repeats):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'VARIANTS', 'PARTS', 'WORDS', 'VIEWS', 'part_weights', 'find_part', 'missing_parts', 'find_folder', 'quiet',
-           'load_part', 'tiny_vae', 'tiny_unet', 'tiny_random', 'scale_gradient', 'carry_gradient', 'fit_picture',
+           'load_part', 'tiny_vae', 'tiny_unet', 'tiny_random', 'carry_gradient', 'fit_picture', 'follow_colours',
            'Condition', 'LatentDiffusion', 'Words', 'install_token', 'view_weights', 'LatentPrior',
            'StableDiffusionPrior']
 
@@ -162,14 +162,7 @@ def tiny_random(
     (home/'model_index.json').write_text(json.dumps({'_class_name': 'StableDiffusionPipeline', **parts}))
     return home
 
-# %% ../nbs/41_stable_diffusion.ipynb #b765c357
-def scale_gradient(
-    x: Tensor,
-    factor: float,
-) -> Tensor: # `x` itself
-    "`x`, whose gradient comes out multiplied by `factor`"
-    return x.detach() + (x - x.detach())*factor
-
+# %% ../nbs/41_stable_diffusion.ipynb #6d900abb
 def carry_gradient(
     f, # `x -> y`, in whatever precision
     x: Tensor, # float32
@@ -196,6 +189,20 @@ def fit_picture(
     x = (rgb if rgb.ndim == 4 else rgb[None]).movedim(-1, 1)
     return F.interpolate(x, (size, size), mode='bilinear', antialias=max(x.shape[-2:]) > size)
 
+def follow_colours(
+    x: Tensor, # The pictures: (B,3,s,s)
+    mean: Tensor, # Their latents, known without gradient: (B,C,h,w)
+    ridge: float = 1e-4, # Holds on where the pictures have too few colours to tell
+) -> Tensor: # `mean`, which moves as the mean colour of each cell does
+    "An encoder's place taken by the affine map from mean colours that fits its answer best"
+    cells = F.adaptive_avg_pool2d(x, mean.shape[-2:]).flatten(2) # (B,3,n)
+    with torch.no_grad():
+        seen = torch.cat([cells, torch.ones_like(cells[:, :1])], 1)
+        square = seen @ seen.mT/seen.shape[-1] + ridge*torch.eye(4, device=x.device)
+        map = torch.linalg.solve(square, seen @ mean.flatten(2).mT/seen.shape[-1]) # (B,4,C)
+    moved = (map[:, :3].mT @ cells).view_as(mean)
+    return mean + (moved - moved.detach())
+
 class Condition(NamedTuple):
     "What a UNet is told beside the noisy latents"
     context: Tensor # (B,L,C): tokens for cross-attention
@@ -208,6 +215,7 @@ class LatentDiffusion:
     unet: torch.nn.Module # diffusers' UNet2DConditionModel
     alphas_cumprod: Tensor # (T,)
     prediction_type: str = 'epsilon' # What the UNet answers: 'epsilon', or 'v_prediction' (Stable Diffusion 2)
+    encoder_jacobian: bool = True # Gradients go back through the encoder (official code), or as `follow_colours` has it
 
     @classmethod
     def load(cls, folder: Path, device='cpu', dtype=torch.float32) -> 'LatentDiffusion':
@@ -230,12 +238,17 @@ class LatentDiffusion:
     @property
     def image_size(self) -> int: return self.latent_size*2**(len(self.vae.config.block_out_channels) - 1)
 
-    def look(self, x: Tensor) -> Tensor: # (B,3,s,s) in [-1,1] to (B,8,h,w): mean and spread, float32
+    def see(self, x: Tensor) -> Tensor: # (B,3,s,s) in [-1,1] to (B,8,h,w): mean and spread, float32
         "What the VAE believes about a picture's latents, before any scaling"
-        def see(x):
-            belief = self.vae.encode(x.to(self.dtype)).latent_dist
-            return torch.cat([belief.mean, belief.std], 1).float()
-        return carry_gradient(see, x) if self.dtype == torch.float16 else see(x)
+        belief = self.vae.encode(x.to(self.dtype)).latent_dist
+        return torch.cat([belief.mean, belief.std], 1).float()
+
+    def look(self, x: Tensor) -> Tensor: # As `see`
+        "`see`, with a gradient"
+        if not x.requires_grad or not torch.is_grad_enabled(): return self.see(x)
+        if self.encoder_jacobian: return carry_gradient(self.see, x) if self.dtype == torch.float16 else self.see(x)
+        with torch.no_grad(): mean, spread = self.see(x).chunk(2, 1)
+        return torch.cat([follow_colours(x, mean), spread], 1)
 
     def posterior(self, rgb: Tensor) -> tuple[Tensor, Tensor]: # Mean and spread: (B,4,h,w)
         "The VAE's belief about the latents of a picture of any size"
