@@ -191,7 +191,7 @@ def load_priors(
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
     return ready_priors(job.recipe, priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #c0ac2f55
+# %% ../nbs/53_image_to_mesh.ipynb #72fd264f
 @dataclass(repr=False)
 class Result:
     "What a run leaves behind"
@@ -253,12 +253,12 @@ def continue_run(
         def finish():
             mesh, seconds = write_files(job, dmtet, reference)
             seconds = dict(coarse=coarse.seconds, fine=fine.seconds, export=seconds)
-            write_metrics(job, mesh, reference, seconds, skipped=dict(coarse=coarse.skipped, fine=fine.skipped))
+            write_metrics(job, mesh, reference, seconds, say, skipped=dict(coarse=coarse.skipped, fine=fine.skipped))
         team.alone(finish)
     except KeyboardInterrupt as e: raise Interrupted(f'{e or "Stopped"}\nContinue with `magic123 resume {folder}`') from e
     return finished(job)
 
-# %% ../nbs/53_image_to_mesh.ipynb #8a7461a3
+# %% ../nbs/53_image_to_mesh.ipynb #9ddb1d3c
 @torch.no_grad()
 def write_files(
     job: Job,
@@ -275,11 +275,22 @@ def write_files(
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
     return mesh, time.perf_counter() - began
 
+def _perceptual(job, mesh, reference, say): # 'lpips' and 'clip', as far as their weights are here; a note on what is missing
+    from magic123.perceptual import evaluate_perceptual, find_judges
+    missing = []
+    judges = find_judges(job.device, say=missing.append)
+    for text in missing: say(text)
+    if missing:
+        job.notes = list(dict.fromkeys([*job.notes, *missing]))
+        job.save()
+    return {k: v for k, v in evaluate_perceptual(mesh, reference, judges).items() if k in ('lpips', 'clip')} if any(judges) else {}
+
 def write_metrics(
     job: Job,
     mesh: TexturedMesh,
     reference: Reference,
     seconds: dict[str, float], # Of each part
+    say=print, # Told what could not be measured
     **more, # Also written
 ):
     "Write `metrics.json`, the last file of a run"
@@ -288,6 +299,7 @@ def write_metrics(
     if job.toy: metrics['held_out'] = evaluate_held_out(mesh, job.toy)
     metrics |= dict(seconds={k: round(v, 2) for k, v in seconds.items()}, peak_memory_gb=round(peak_memory_gb(), 3))
     if job.device.type == 'cuda': metrics['peak_gpu_memory_gb'] = round(torch.cuda.max_memory_allocated()/2**30, 3)
+    if job.recipe.export.perceptual: metrics['reference'] |= _perceptual(job, mesh, reference, say) # after the peaks: its networks are no part of the method
     metrics |= dict(recipe=job.recipe.name, seed=job.recipe.seed, device=str(job.device), **more)
     with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
 

@@ -74,7 +74,7 @@ class Team:
         if said[1] is not None: raise UserError(*said[1]) if said[1] else SystemExit(1)
         return said[0]
 
-# %% ../nbs/05_many_gpus.ipynb #c1f5990c
+# %% ../nbs/05_many_gpus.ipynb #c63cd335
 SAID_BY_TORCHRUN = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
 
 def _leave():
@@ -85,7 +85,7 @@ def join() -> Team:
     if not dist.is_available(): return Team()
     if not dist.is_initialized() and all(k in os.environ for k in SAID_BY_TORCHRUN) and int(os.environ['WORLD_SIZE']) > 1:
         cuda, place = torch.cuda.is_available(), int(os.environ['LOCAL_RANK'])
-        if cuda and place >= torch.cuda.device_count():
+        if cuda and max(place + 1, int(os.environ.get('LOCAL_WORLD_SIZE', 1))) > torch.cuda.device_count():
             raise UserError(f'There are more processes than GPUs: {torch.cuda.device_count()}', 'Start as many with `torchrun --nproc-per-node`, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU')
         if cuda: torch.cuda.set_device(place)
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(days=1))

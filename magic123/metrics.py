@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['psnr', 'ssim', 'mask_iou', 'depth_error', 'surface_points', 'to_unit_box', 'chamfer', 'fscore', 'grid_points',
-           'inside_mesh', 'volume_iou', 'evaluate_geometry', 'evaluate_reference', 'surface_of', 'evaluate_held_out']
+           'inside_mesh', 'volume_iou', 'evaluate_geometry', 'device_of', 'evaluate_reference', 'surface_of',
+           'evaluate_held_out']
 
 # %% ../nbs/60_metrics.ipynb #5a8b989f
 import numpy as np
@@ -177,13 +178,16 @@ def evaluate_geometry(
     truth = toy.sdf(grid_points(low, side, n).view(-1, 3)).view(n, n, n).cpu() < 0
     return dict(chamfer=chamfer(a, b), fscore=fscore(a, b), volume_iou=volume_iou(inside_mesh(vertices, faces, low, side, n), truth))
 
-# %% ../nbs/60_metrics.ipynb #681df72c
-def _device(scene):
-    if isinstance(scene, torch.nn.Module): return next(scene.parameters(), torch.zeros(0)).device
-    return getattr(getattr(scene, 'vertices', None), 'device', 'cpu')
+# %% ../nbs/60_metrics.ipynb #b41a5cca
+def device_of(
+    scene: Scene, # Or anything else with `render(camera)`
+) -> torch.device: # The CPU, of what holds no tensors
+    "Where a scene is, and cameras should be that look at it"
+    held = next(scene.parameters(), None) if isinstance(scene, torch.nn.Module) else getattr(scene, 'vertices', None)
+    return torch.device('cpu') if held is None else held.device
 
 @torch.no_grad()
-def _look(scene, camera): return scene.render(camera.to(_device(scene))).to('cpu')
+def _look(scene, camera): return scene.render(camera.to(device_of(scene))).to('cpu')
 
 def evaluate_reference(
     scene: Scene, # Or anything else with `render(camera)`

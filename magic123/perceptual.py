@@ -7,7 +7,7 @@ __all__ = ['LPIPS_SIZE', 'ALEXNET', 'CLIP', 'official_frame', 'official_photo', 
            'clip_similarity', 'Judges', 'find_judges', 'film_cameras', 'evaluate_perceptual', 'syncdreamer_cameras',
            'visible_points', 'syncdreamer_metrics']
 
-# %% ../nbs/64_perceptual.ipynb #b8766b0e
+# %% ../nbs/64_perceptual.ipynb #906a20c1
 import importlib.util, io
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .cameras import Camera
-from .metrics import chamfer, inside_mesh, psnr, to_unit_box, volume_iou
+from .metrics import chamfer, device_of, inside_mesh, psnr, to_unit_box, volume_iou
 from .preprocess import Reference
 from .raster import rasterize
 from .shading import Scene
@@ -131,7 +131,7 @@ def clip_similarity(
     target = eyes(photo)
     return float(np.mean([(eyes(frame) @ target).item() for frame in frames]))
 
-# %% ../nbs/64_perceptual.ipynb #49dfb72c
+# %% ../nbs/64_perceptual.ipynb #1cabe531
 class Judges(NamedTuple):
     "The networks that are on this machine"
     lpips: Callable | None = None # Two pictures to a distance
@@ -176,10 +176,9 @@ def evaluate_perceptual(
     judges: Judges, # From `find_judges`
     views: int = 100, # Frames in one turn (official code)
     size: int = 800, # Pixels a side (official code)
-    device: torch.device | str = 'cpu', # Where the scene is
 ) -> dict: # 'psnr', 'lpips', 'clip', as far as there are judges; in 'official' as its script would have them
     "The paper's three numbers"
-    photo = reference.to('cpu').at(size)
+    photo, device = reference.to('cpu').at(size), device_of(scene)
     look = lambda camera: scene.render(camera.to(device)).rgb.to('cpu')
     cameras = film_cameras(photo, views if judges.clip else 1)
     plain = _scores(judges, photo.rgb, (look(c) for c in cameras))

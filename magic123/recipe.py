@@ -154,7 +154,7 @@ class NovelSettings(Settings):
     fovy: span(5, 120) = setting((40., 40.), 'official code (nerf/provider.py)', 'Range of fields of view in degrees')
     uniform_sphere_rate: float = setting(.5, 'official code (nerf/provider.py)', 'How often to ignore the ranges and look from anywhere above', ge=0, le=1)
 
-# %% ../nbs/50_recipe.ipynb #25219389
+# %% ../nbs/50_recipe.ipynb #6af7c244
 class NeRFSettings(Settings):
     "The coarse scene"
     levels: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Levels of the hash grid', ge=1, le=32)
@@ -192,6 +192,7 @@ class ExportSettings(Settings):
     smallest_piece: float = setting(.05, 'ours: crumbs in the air', 'Pieces with less than this share of the largest one\'s area go', ge=0, le=1)
     turntable_views: int = setting(100, 'official code (nerf/provider.py)', 'Frames of the film', ge=2, le=10_000)
     turntable_size: int = setting(800, 'official code (nerf/provider.py)', 'Height of its frames in pixels', ge=16, le=4096)
+    perceptual: bool = setting(False, 'ours: its networks are 10 GB; the paper (3.3) reports both', 'Measure LPIPS and CLIP-similarity too, if their weights are on this machine (64_perceptual)')
 
 # %% ../nbs/50_recipe.ipynb #a0e29e22
 class Weights(Settings):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BALL', 'BOX', 'CONE', 'RING', 'COLUMNS', 'WIDTH', 'MAX_PARTS', 'PATTERNS', 'COLOURS', 'PATTERN_WORDS', 'VIEW_WORDS',
-           'LIGHT', 'FAMILIES', 'CLOTH', 'SPLITS', 'TRAIN_SEEDS', 'MEASURE_SEEDS', 'STEPS', 'BACKENDS', 'at',
-           'anywhere', 'lesser', 'greater', 'length', 'flat', 'ellipsoid', 'block', 'frustum', 'cone', 'torus',
+           'LIGHT', 'FAMILIES', 'CLOTH', 'SPLITS', 'SPLIT_OF', 'TRAIN_SEEDS', 'MEASURE_SEEDS', 'STEPS', 'BACKENDS',
+           'at', 'anywhere', 'lesser', 'greater', 'length', 'flat', 'ellipsoid', 'block', 'frustum', 'cone', 'torus',
            'signed', 'outward', 'locate', 'distance', 'union', 'march', 'cull', 'angle', 'fraction', 'unroll', 'girth',
            'second_colour', 'shade', 'shade_nearest', 'Paint', 'turned', 'Kit', 'reach', 'finished', 'family',
            'a_or_an', 'Toy', 'make_toy', 'parse_toy', 'mug', 'teddy_bear', 'cat', 'duck', 'bird', 'penguin', 'turtle',
@@ -1332,12 +1332,13 @@ def banana(k):
     k.ball(label, (x, y, r*.93), (.07, .05, .02))
     return dict(skin=skin, label=label)
 
-# %% ../nbs/04_toybox.ipynb #e44997dd
+# %% ../nbs/04_toybox.ipynb #a6bf1d76
 SPLITS = dict(
     common='''teddy_bear mug teapot chair table lamp mushroom car truck plane boat rocket robot snowman tree house duck bird cat cake
         cupcake donuts burger clock'''.split(),
     uncommon='cactus fish dragon horse castle guitar camera banana'.split(),
     unseen='microphone penguin turtle ice_cream'.split())
+SPLIT_OF = {family: split for split, families in SPLITS.items() for family in families}
 TRAIN_SEEDS = range(500_000)
 MEASURE_SEEDS = range(900_000, 1_000_000)
 

@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'look', 'Orbit', 'scene_of', 'numbers_of', 'explore', 'compare', 'tradeoff', 'dial', 'read_log', 'curves',
            'newest_preview', 'Live']
 
-# %% ../nbs/62_viewer.ipynb #2db748fa
+# %% ../nbs/62_viewer.ipynb #46a958c1
 import io, json, math, threading, time
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +17,13 @@ import traitlets
 from PIL import Image
 from .cameras import Camera
 from .export import load_mesh
-from .image_to_mesh import Job, final_scene, make_nerf
-from .optimise import load_scene
+from .image_to_mesh import Job, coarse_scene, final_scene
+from .metrics import device_of
 from .recipe import Recipe
 from .shading import Scene
 from .show import UserError, depth_to_rgb, normal_to_rgb, strip, to_uint8
 
-# %% ../nbs/62_viewer.ipynb #4b910444
+# %% ../nbs/62_viewer.ipynb #025965e8
 LOOKS = dict(colour=lambda v: v.rgb, normals=lambda v: normal_to_rgb(v.normal, v.alpha), depth=lambda v: depth_to_rgb(v.depth, v.alpha))
 
 @torch.no_grad()
@@ -33,8 +33,7 @@ def look(
     what: str = 'colour', # One of `LOOKS`
 ) -> Image.Image:
     "What a camera sees, as a picture"
-    device = next(scene.parameters()).device if isinstance(scene, torch.nn.Module) else getattr(getattr(scene, 'vertices', None), 'device', 'cpu')
-    return Image.fromarray(to_uint8(LOOKS[what](scene.render(camera.to(device)))))
+    return Image.fromarray(to_uint8(LOOKS[what](scene.render(camera.to(device_of(scene))))))
 
 def _jpeg(image):
     out = io.BytesIO()
@@ -134,13 +133,12 @@ class Orbit(anywidget.AnyWidget):
             self.seconds[title] = (time.perf_counter() - began)*(self.size/height)**2
         with self.hold_sync(): self.titles, self.frames = list(self.scenes), frames
 
-# %% ../nbs/62_viewer.ipynb #039282c6
+# %% ../nbs/62_viewer.ipynb #925e79cf
 @lru_cache(16)
 def _scene(folder, stage, modified):
     job = Job.open(folder)
     if stage == 'mesh': return load_mesh(job.mesh).to(job.device)
-    if stage == 'fine': return final_scene(folder)
-    return load_scene(make_nerf(job.recipe), job.folder/'coarse').to(job.device)
+    return (final_scene if stage == 'fine' else coarse_scene)(folder)
 
 def _made(folder): # stage -> newest file
     job = Job.open(folder)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import MINIATURE, WITHOUT_PRIORS
 from magic123.cli import main
-from magic123.experiment import expand, run_grid
+from magic123.experiment import expand, run_grid, work_together
 
 TAKES = '''number: float = 1. # to be doubled
 does: str = 'double' # or: fail, die, meet, wait
@@ -235,10 +235,19 @@ def test_rows_shared_killed_and_taken_up(tmp_path):
     subprocess.run(command + ['--until', '0'], env=bare, check=True, timeout=300)
     assert out.stat().st_mtime_ns == stamp
 
+def test_workers_that_fail_are_not_kept_quiet(tmp_path, capfd):
+    argv = ['rows', str(tmp_path/'none.json'), '--claim', str(tmp_path/'claims'), '--out', str(tmp_path/'rows.jsonl')]
+    with pytest.raises(SystemExit, match=r'2 of 2 workers failed; their exit codes are \[1, 1\]'): work_together(2, argv)
+    work_together(2, argv, until=time.time() - 20) # out of time at once: being killed is no failure
+
 def test_shipped_grids_expand():
     from magic123.experiment import _pages, jobs
+    from magic123.show import UserError
     for path in (_pages()/'grids').glob('*.yaml'):
         what = yaml.safe_load(path.read_text())
-        if what.get('notebook', '70_reconstruct') != '70_reconstruct' or any('*' in o for o in what.get('objects', [])): continue
+        if any('*' in o for o in what.get('objects', [])): continue
+        if what.get('notebook', '70_reconstruct') != '70_reconstruct':
+            with pytest.raises(UserError, match='a job can only reconstruct: it cannot carry'): jobs(path)
+            continue
         made = jobs(path)
         assert len(made) > 1 and all(j['image'].startswith('toybox:') for j in made), path

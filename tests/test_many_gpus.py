@@ -1,6 +1,7 @@
 "Two processes that share the views of a step make what one process makes of them"
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, subprocess, sys, time
 from pathlib import Path
+import psutil
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -11,14 +12,17 @@ TOY = 'toybox:mug:900003'
 def start(n, *argv):
     several = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m'] if n > 1 else []
     argv = [sys.executable, '-W', 'ignore', '-m', *several, 'magic123.cli', *map(str, argv)]
-    return subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def finish(process, code=0):
     said = process.communicate(timeout=400)[0]
     assert process.returncode == code, said
     return said
 
-def log(folder): return [json.loads(line) for line in open(folder/'log.jsonl')] if (folder/'log.jsonl').is_file() else []
+def log(folder): # the last line may be half-written
+    path = folder/'log.jsonl'
+    return [json.loads(line) for line in path.read_text().split('\n')[:-1]] if path.is_file() else []
+
 def ends(folder): return {stage: load_file(sorted((folder/stage).glob('*.safetensors'))[-1]) for stage in ('coarse', 'fine')}
 
 @pytest.fixture(scope='module')
@@ -57,8 +61,10 @@ def test_killed_with_two_and_continued_with_one(one, recipe, tmp_path):
     process = start(2, 'run', TOY, '--recipe', recipe, '--out', folder)
     moment = random.Random(time.time_ns()).randrange(1, total)
     while len(log(folder)) < moment and process.poll() is None: time.sleep(.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for p in (process, *workers): p.kill() # torchrun's group does not hold them
     process.wait()
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, 30)[1]
     assert not (folder/'metrics.json').exists()
     finish(start(1, 'resume', folder))
     same(one, folder)
