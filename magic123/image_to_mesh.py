@@ -9,9 +9,9 @@ __all__ = ['PICTURES', 'versions', 'weight_hashes', 'Job', 'keep_reference', 'ke
            'check_folder', 'read_photo', 'begin_run', 'for_team', 'reconstruct', 'resume', 'coarse_scene',
            'evaluate_coarse', 'final_scene', 'film', 'export_mesh']
 
-# %% ../nbs/53_image_to_mesh.ipynb #87b4ee7b
+# %% ../nbs/53_image_to_mesh.ipynb #1bc636b6
 import hashlib, json, platform, shutil, sys, tempfile, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np
@@ -137,7 +137,7 @@ def choose_prompt(
     captions = [make_toy(family, 0).captions[-1] for family in FAMILIES]
     return prior.pick_caption(reference, captions, generator=torch.Generator().manual_seed(job.recipe.seed)), {}, 'what the 2D prior thinks it sees; correct it with --prompt.text'
 
-# %% ../nbs/53_image_to_mesh.ipynb #54ea1419
+# %% ../nbs/53_image_to_mesh.ipynb #11de1798
 def prior_folder(
     source: str, # 'tiny', a folder, or a hub id
     part: str, # 'stable_diffusion' or 'zero123'
@@ -170,6 +170,8 @@ def ready_priors(
     priors: dict[str, LatentPrior], # '2d', '3d' or both, as loaded
 ) -> JointPrior:
     "Loaded priors, made as fast as the recipe allows, side by side"
+    keep = recipe.priors.encoder_jacobian
+    priors = {name: replace(prior, diffusion=replace(prior.diffusion, encoder_jacobian=keep)) for name, prior in priors.items()}
     quick = {name: (quicken(prior, recipe.priors.speed, recipe.low_memory), 1.) for name, prior in priors.items()}
     return JointPrior(quick, in_turn=recipe.low_memory)
 
@@ -191,7 +193,7 @@ def load_priors(
     job.weights = {name: weight_hashes(folder) for name, folder in folders.items()}
     return ready_priors(job.recipe, priors) if priors else None
 
-# %% ../nbs/53_image_to_mesh.ipynb #72fd264f
+# %% ../nbs/53_image_to_mesh.ipynb #88ed2cf3
 @dataclass(repr=False)
 class Result:
     "What a run leaves behind"

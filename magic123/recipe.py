@@ -132,7 +132,7 @@ class PromptSettings(Settings):
     learned_embeds: str | None = setting(None, 'paper 2.2: textual inversion', 'File with a learned token for this photo')
     view_words: bool = setting(False, 'paper 2.2: one prompt for all views', "Add 'front view', 'side view', 'back view' to the prompt")
 
-# %% ../nbs/50_recipe.ipynb #0c505bbf
+# %% ../nbs/50_recipe.ipynb #afbafeb0
 class PriorSettings(Settings):
     "Which diffusion models, and how hard they are asked"
     stable_diffusion: str = setting('stable-diffusion-v1-5/stable-diffusion-v1-5', 'paper 3.2: version 1.5',
@@ -144,6 +144,7 @@ class PriorSettings(Settings):
     guidance_2d: float = setting(100., 'paper 3.2', 'Classifier-free guidance of the 2D prior', ge=0, le=1000)
     guidance_3d: float = setting(5., 'paper 3.2', 'Classifier-free guidance of the 3D prior', ge=0, le=1000)
     weighting: Literal['sds', 'uniform', 'fantasia3d', 'threestudio_unified'] = setting('sds', 'official code (nerf/utils.py, guidance/*.py); the paper says w(t)', 'w(t) of Eqs. 5 and 6')
+    encoder_jacobian: bool = setting(True, 'official code; paper 2.2.1 says that it can go', "Send the priors' gradients back through the VAE's encoder; else through the mean colours of its cells")
     angle_scaling: bool = setting(False, 'paper: not mentioned', 'Scale the 3D prior by its angle to the photo, 0 at the front and 1 at the back')
 
 class NovelSettings(Settings):
@@ -360,13 +361,13 @@ OFFICIAL = [
     Change('photo.shape', 'squash', 'official code (nerf/utils.py)'),
 ]
 
-# %% ../nbs/50_recipe.ipynb #c975a492
+# %% ../nbs/50_recipe.ipynb #e748dde0
 QUICK = [
     *[Change(f'priors.{p}', 'tiny', 'ours: embedded') for p in ('stable_diffusion', 'zero123')],
     Change('priors.guidance_2d', 10., 'a prototype on the toybox'),
     Change('priors.guidance_3d', 3., 'a prototype on the toybox'),
-    Change('nerf.log2_entries', 15, 'a prototype on the toybox: a small table costs nothing'),
-    Change('nerf.finest', 256, 'ours: four cells per pixel of the coarse view'),
+    Change('nerf.log2_entries', 17, 'tuned on the toybox: collisions in smaller tables carry the photo to where nobody looked'),
+    Change('nerf.finest', 128, 'tuned on the toybox: likewise; two cells per pixel of the coarse view'),
     Change('nerf.blob_radius', .35, 'tuned on the toybox: a wide soft blob reaches the outline in 25 steps instead of 75'),
     Change('nerf.blob_density', 5., 'tuned on the toybox: see the radius'),
     Change('nerf.masked_levels', 4, 'ours: half of the levels that differ at this size'),
