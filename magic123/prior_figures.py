@@ -10,8 +10,8 @@ __all__ = ['BENCHMARK_SEED', 'HELD_OUT_SIZE', 'JUDGE_SEED', 'JUDGE_TEST_SEED', '
            'step_time', 'Measuring', 'sheet', 'view_sheet', 'measure_priors', 'best_guidance', 'find_figure', 'table',
            'rounded', 'main', 'plot_figures']
 
-# %% ../nbs/48_prior_figures.ipynb #c829c92f
-import hashlib, json, math, time
+# %% ../nbs/48_prior_figures.ipynb #b3852584
+import hashlib, json, math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .cameras import held_out_cameras, stack_c2w
+from .fast_priors import spent_ms
 from .photo_networks import answers, load_network, nearness, pearson, surface_depth
 from .preprocess import reference_from_toy
 from .show import UserError, atomic_write, data_folder, default_device, save_png, to_uint8
@@ -382,7 +383,7 @@ def measure_2d(
     truth = {k: v for k, v in score_captions(test.truth/255, test, judge, sided).items() if 'view' not in k}
     return dict(captions=len(numbers), truth=truth, guidance={str(g): score_captions(v, test, judge, sided) for g, v in told.items()}), told
 
-# %% ../nbs/48_prior_figures.ipynb #5314822f
+# %% ../nbs/48_prior_figures.ipynb #bef2eb4b
 def step_time(
     unet: nn.Module,
     threads: int = 2, # CPU cores
@@ -393,14 +394,9 @@ def step_time(
     unet = nn.Module.to(unet, 'cpu', torch.float32)
     inputs = torch.randn(2, unet.config.in_channels, size, size), torch.tensor(500), torch.randn(2, 1 if unet.config.in_channels > 4 else 24, unet.config.cross_attention_dim)
     torch.set_num_threads(threads)
-    took = []
-    with torch.no_grad():
-        for _ in range(repeats + 3):
-            start = time.perf_counter()
-            unet(*inputs)
-            took.append(1e3*(time.perf_counter() - start))
+    with torch.no_grad(): took = spent_ms(lambda: unet(*inputs), 'cpu', repeats)
     torch.set_num_threads(before)
-    return float(np.median(took[3:]))
+    return float(np.median(took))
 
 # %% ../nbs/48_prior_figures.ipynb #a868cf2b
 @dataclass

@@ -8,7 +8,7 @@ __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_pr
            'some_points', 'measure_hashgrid', 'measure_volume', 'measure_surface', 'start_up', 'save_random',
            'measure_start', 'about', 'measure', 'load_results', 'add_result', 'main']
 
-# %% ../nbs/63_speed.ipynb #e0cc3e83
+# %% ../nbs/63_speed.ipynb #52ca3bf8
 import argparse, json, statistics, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from .cameras import Camera
 from .dmtet import DMTet
-from .fast_priors import prior_speed
+from .fast_priors import prior_speed, spent_ms
 from .hashgrid import HashGrid
 from .image_to_mesh import make_nerf, pick_dtype, prior_folder, ready_device, ready_priors, versions
 from .joint_prior import JointPrior
@@ -104,7 +104,7 @@ def fit_toy(
     for _ in range(4): nerf.occupancy.update(nerf.field.density, rng)
     return nerf
 
-# %% ../nbs/63_speed.ipynb #111d0d09
+# %% ../nbs/63_speed.ipynb #cc8f3459
 def wait(device: torch.device):
     "Until the GPU has done all it was told"
     if torch.device(device).type == 'cuda': torch.cuda.synchronize()
@@ -124,14 +124,7 @@ def time_it(
     warm: int = 3,
 ) -> dict[str, float]: # Milliseconds
     "`spread` of how long `work` takes, alone"
-    spent = []
-    for _ in range(repeats + warm):
-        wait(device)
-        began = time.perf_counter()
-        work()
-        wait(device)
-        spent.append(1000*(time.perf_counter() - began))
-    return spread(spent[warm:])
+    return spread(spent_ms(work, device, repeats, warm))
 
 def sections(
     recipe: Recipe,
@@ -451,7 +444,7 @@ def measure_start(
             return json.loads(done.stdout.splitlines()[-1]) | dict(process=round(time.perf_counter() - began, 2))
         return dict(cold=once(), cached=once())
 
-# %% ../nbs/63_speed.ipynb #8120ac76
+# %% ../nbs/63_speed.ipynb #3870162d
 PARTS = 'priors', 'coarse', 'fine', 'hashgrid', 'volume', 'surface', 'startup'
 
 def about(
@@ -549,14 +542,14 @@ def main(
     parser.add_argument('--speed', default='graphs', choices=['plain', 'graphs', 'compiled'])
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'float16', 'bfloat16'])
     parser.add_argument('--low-memory', action='store_true')
-    parser.add_argument('--out', default=None, help='speed.json if not given; parts are added to what is there')
+    parser.add_argument('--out', default='speed.json', help='file that the numbers are added to')
     args = parser.parse_args(argv)
     device = torch.device(args.device or default_device())
     recipe = Recipe.load(args.recipe or ('official' if device.type == 'cuda' else 'quick'))
     recipe = recipe.replace({'priors.speed': args.speed, 'priors.dtype': args.dtype, 'low_memory': args.low_memory})
     dtype = str(pick_dtype(args.dtype, device)).split('.')[-1]
     setting = f'{device.type} {args.speed}' + f' {dtype}'*(args.dtype != 'auto') + ' low memory'*args.low_memory
-    path = args.out or 'speed.json'
+    path = args.out
     keep = lambda name, found: add_result(path, setting, name, found, about(device, recipe) | dict(dtype=dtype))
     parts = PARTS if 'all' in args.part else tuple(args.part)
     measure(parts, recipe, device, args.steps, args.seconds, keep, lambda text: print(text, flush=True))

@@ -7,15 +7,17 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'Architecture', 'build_unet', 'build_vae', 'split_words', 'word_list', 'build_tokenizer', 'word_ids',
            'encode_caption', 'build_text_encoder', 'build_image_encoder', 'build_projection', 'build_models',
            'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses', 'relative_poses',
-           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'captured', 'Job', 'fit', 'worsen', 'to_net',
-           'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents', 'round_blocks', 'photograph',
-           'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps', 'denoising_loss',
-           'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode', 'novel_views',
-           'text_to_image', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint',
-           'load_weights', 'Training', 'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
+           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'record', 'captured', 'Job', 'fit',
+           'worsen', 'to_net', 'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents', 'round_blocks',
+           'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps',
+           'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode',
+           'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint',
+           'load_checkpoint', 'load_weights', 'Training', 'TrainingLog', 'train', 'measure', 'save_priors',
+           'model_card', 'load_priors']
 
-# %% ../nbs/45_tiny_priors.ipynb #783ad1ac
+# %% ../nbs/45_tiny_priors.ipynb #f10c7683
 import json, math, re, time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -409,7 +411,7 @@ def make_world(
     seen[..., 2] = 1.8 + jitter*(seen[..., 2] - 1.8)
     return World(toys, pack_toys(toys), seen, jitter*.05*(2*torch.rand(count, 3, generator=g) - 1), references)
 
-# %% ../nbs/45_tiny_priors.ipynb #87da68e8
+# %% ../nbs/45_tiny_priors.ipynb #f983ad11
 class Trainee:
     "Some networks, their full-precision weights, optimiser and running average"
     def __init__(self,
@@ -474,20 +476,37 @@ class Trainee:
         "The averaged weights in half precision"
         return {n: a.half().cpu().contiguous() for n, a in zip(self.names, self.average)}
 
+def warm_up(
+    work: Callable[[], None],
+    device: torch.device,
+    times: int = 3,
+):
+    "Do `work` a few times, for libraries to find their fastest kernels"
+    if device.type != 'cuda': return work()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(times): work()
+    torch.cuda.current_stream(device).wait_stream(side)
+
+def record(
+    work: Callable[[], None], # Reads and writes tensors that stay where they are
+    device: torch.device,
+    pool=None, # Memory of another recording that this one goes on from
+) -> tuple[Callable[[], None], object]: # Does it again, and the memory it has
+    "`work` as a CUDA graph; on a CPU `work` itself"
+    if device.type != 'cuda': return work, None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'): work()
+    return graph.replay, graph.pool()
+
 def captured(
     step, # Draws its own batch, returns nothing
     device: torch.device,
 ):
     "`step` as a CUDA graph; on a CPU `step` itself"
-    if device.type != 'cuda': return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3): step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): step()
-    return graph.replay
+    if device.type == 'cuda': warm_up(step, device)
+    return record(step, device)[0]
 
 @dataclass
 class Job:
