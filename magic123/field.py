@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['trunc_exp', 'blob', 'Field']
 
-# %% ../nbs/21_field.ipynb #613af50a
+# %% ../nbs/21_field.ipynb #6e034a85
 from contextlib import contextmanager
 from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .hashgrid import HashGrid
+from .hashgrid import HashGrid, trouble_with
 from .show import UserError
 
 # %% ../nbs/21_field.ipynb #c15607c7
@@ -39,7 +39,7 @@ def blob(
     "A Gaussian at the origin"
     return density*torch.exp(-x.square().sum(-1)/(2*radius**2))
 
-# %% ../nbs/21_field.ipynb #79b31ec2
+# %% ../nbs/21_field.ipynb #9c46676a
 class _Product(torch.autograd.Function): # nn.Linear on tensor cores: numbers of eleven bits, sums of 24
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -57,6 +57,106 @@ def _eleven_bits():
     torch.set_float32_matmul_precision('high')
     try: yield
     finally: torch.set_float32_matmul_precision(was)
+
+def _fall(density): # at x+e, y+e, z+e, x-e, y-e, z-e of each point: (6N,); which way it falls: (N,3)
+    ahead, behind = density.view(2, 3, -1)
+    return F.normalize((behind - ahead).t(), dim=-1, eps=1e-10)
+
+def _meaning(h, x, height, radius, *what): # of the network's answers (N,4); with 'normal' a seventh of them, and around these the rest
+    density, n = trunc_exp(h[:, 0] + blob(x, height, radius)), len(h)//7 if 'normal' in what else len(h)
+    found = dict(density=lambda: density[:n], albedo=lambda: h[:n, 1:].sigmoid(), normal=lambda: _fall(density[n:]))
+    return tuple(found[name]() for name in what)
+
+@cache
+def _triton_meaning():
+    global tl, _raw, _diff
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _raw(h_ptr, x_ptr, i, here, height, shrink): # before the exponential
+        x, y, z = tl.load(x_ptr + 3*i, here, 0.), tl.load(x_ptr + 3*i + 1, here, 0.), tl.load(x_ptr + 3*i + 2, here, 0.)
+        return tl.load(h_ptr + 4*i, here, 0.) + height*tl.exp((x*x + y*y + z*z)*shrink)
+
+    @triton.jit
+    def _diff(h_ptr, x_ptr, i, n, here, height, shrink):
+        u, v, w = _raw(h_ptr, x_ptr, i + n, here, height, shrink), _raw(h_ptr, x_ptr, i + 2*n, here, height, shrink), _raw(h_ptr, x_ptr, i + 3*n, here, height, shrink)
+        U, V, W = _raw(h_ptr, x_ptr, i + 4*n, here, height, shrink), _raw(h_ptr, x_ptr, i + 5*n, here, height, shrink), _raw(h_ptr, x_ptr, i + 6*n, here, height, shrink)
+        a, b, c = tl.exp(U) - tl.exp(u), tl.exp(V) - tl.exp(v), tl.exp(W) - tl.exp(w)
+        return u, v, w, U, V, W, a, b, c, tl.sqrt(a*a + b*b + c*c)
+
+    @triton.jit
+    def forward(h_ptr, x_ptr, d_ptr, c_ptr, n_ptr, n, height, shrink, DENSITY: tl.constexpr, ALBEDO: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
+        here = i < n
+        if DENSITY: tl.store(d_ptr + i, tl.exp(_raw(h_ptr, x_ptr, i, here, height, shrink)), here)
+        if ALBEDO:
+            for k in tl.static_range(3): tl.store(c_ptr + 3*i + k, 1/(1 + tl.exp(-tl.load(h_ptr + 4*i + 1 + k, here, 0.))), here)
+        if NORMAL:
+            u, v, w, U, V, W, a, b, c, length = _diff(h_ptr, x_ptr, i, n, here, height, shrink)
+            long = tl.maximum(length, 1e-10)
+            tl.store(n_ptr + 3*i, a/long, here)
+            tl.store(n_ptr + 3*i + 1, b/long, here)
+            tl.store(n_ptr + 3*i + 2, c/long, here)
+
+    @triton.jit
+    def backward(h_ptr, x_ptr, dd_ptr, dc_ptr, dn_ptr, dh_ptr, n, height, shrink, DENSITY: tl.constexpr, ALBEDO: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
+        here = i < n
+        if DENSITY: tl.store(dh_ptr + 4*i, tl.load(dd_ptr + i, here, 0.)*tl.exp(tl.minimum(_raw(h_ptr, x_ptr, i, here, height, shrink), 15.)), here)
+        if ALBEDO:
+            for k in tl.static_range(3):
+                c = 1/(1 + tl.exp(-tl.load(h_ptr + 4*i + 1 + k, here, 0.)))
+                tl.store(dh_ptr + 4*i + 1 + k, tl.load(dc_ptr + 3*i + k, here, 0.)*c*(1 - c), here)
+        if NORMAL:
+            u, v, w, U, V, W, a, b, c, length = _diff(h_ptr, x_ptr, i, n, here, height, shrink)
+            long = tl.maximum(length, 1e-10)
+            a, b, c = a/long, b/long, c/long
+            da, db, dc = tl.load(dn_ptr + 3*i, here, 0.), tl.load(dn_ptr + 3*i + 1, here, 0.), tl.load(dn_ptr + 3*i + 2, here, 0.)
+            along = tl.where(length > 1e-10, a*da + b*db + c*dc, 0.)
+            da, db, dc = (da - along*a)/long, (db - along*b)/long, (dc - along*c)/long
+            tl.store(dh_ptr + 4*(i + n), -da*tl.exp(tl.minimum(u, 15.)), here)
+            tl.store(dh_ptr + 4*(i + 2*n), -db*tl.exp(tl.minimum(v, 15.)), here)
+            tl.store(dh_ptr + 4*(i + 3*n), -dc*tl.exp(tl.minimum(w, 15.)), here)
+            tl.store(dh_ptr + 4*(i + 4*n), da*tl.exp(tl.minimum(U, 15.)), here)
+            tl.store(dh_ptr + 4*(i + 5*n), db*tl.exp(tl.minimum(V, 15.)), here)
+            tl.store(dh_ptr + 4*(i + 6*n), dc*tl.exp(tl.minimum(W, 15.)), here)
+    return forward, backward
+
+class _Meaning(torch.autograd.Function): # `_meaning` in one kernel, there and back
+    @staticmethod
+    def forward(ctx, h, x, height, radius, *what):
+        h, x, n = h.contiguous(), x.contiguous(), len(h)//7 if 'normal' in what else len(h)
+        found = {name: h.new_empty(n) if name == 'density' else h.new_empty(n, 3) for name in what}
+        ctx.rest = n, height, -1/(2*radius**2), *(name in what for name in ('density', 'albedo', 'normal'))
+        with torch.cuda.device_of(h): _triton_meaning()[0][-(-n//128),](h, x, *(found.get(name, h) for name in ('density', 'albedo', 'normal')), *ctx.rest, BLOCK=128)
+        ctx.save_for_backward(h, x)
+        ctx.what = what
+        return tuple(found.values())
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        h, x = ctx.saved_tensors
+        given, dh = {name: g.contiguous() for name, g in zip(ctx.what, grads)}, torch.zeros_like(h)
+        with torch.cuda.device_of(h): _triton_meaning()[1][-(-ctx.rest[0]//128),](h, x, *(given.get(name, h) for name in ('density', 'albedo', 'normal')), dh, *ctx.rest, BLOCK=128)
+        return dh, *[None]*(3 + len(ctx.what))
+
+@cache
+def _meaning_trouble(kind): # '' if Triton finds what torch finds, there and back
+    some = torch.Generator().manual_seed(0)
+    h, x = (torch.randn(7*20, n, generator=some).to(kind) for n in (4, 3))
+    h = (2*h).requires_grad_()
+    def check():
+        agree = True
+        with torch.enable_grad():
+            for what in (('density',), ('albedo',), ('density', 'albedo'), ('density', 'albedo', 'normal')):
+                found = []
+                for f in (_Meaning.apply, _meaning):
+                    out = f(h, x, 5., .4, *what)
+                    found.append([*out, *torch.autograd.grad(sum(o.sin().sum() for o in out), h)])
+                agree &= all(((a - b).norm() <= 1e-3*b.norm()).item() for a, b in zip(*found))
+        return agree
+    return trouble_with(check)
 
 @cache
 def _six(eps, device, dtype):
@@ -105,50 +205,44 @@ class Field(nn.Module):
         for layer in self.mlp: h = _Product.apply(h, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(h)
         return h
 
-    def _ask(self, x):
+    def _ask(self, x, *what):
         h = self._network(self.grid((x + 1)/2, self.active_levels))
-        return trunc_exp(h[:, 0] + blob(x, self.blob_density, self.blob_radius)), h[:, 1:]
+        fused = h.is_cuda and h.dtype == torch.float32 and len(h) and not x.requires_grad and not _meaning_trouble('cuda')
+        return (_Meaning.apply if fused else _meaning)(h, x, self.blob_density, self.blob_radius, *what)
 
     def forward(self,
         x: Tensor, # Points in [-1,1]^3: (N,3)
     ) -> tuple[Tensor, Tensor]: # Density: (N,), per unit of length; albedo: (N,3) in [0,1]
         "What is at `x`"
-        density, h = self._ask(x)
-        return density, h.sigmoid()
+        return self._ask(x, 'density', 'albedo')
 
     def density(self,
         x: Tensor, # (N,3)
     ) -> Tensor: # (N,)
         "How much is at `x`"
-        return self._ask(x)[0]
+        return self._ask(x, 'density')[0]
 
     def albedo(self,
         x: Tensor, # (N,3)
     ) -> Tensor: # (N,3)
         "Which colour it has"
-        return self._ask(x)[1].sigmoid()
+        return self._ask(x, 'albedo')[0]
 
     def density_normal(self,
         x: Tensor, # (N,3)
         eps: float | None = None, # Half the distance between the two ends of a difference; `normal_eps` if None
     ) -> Tensor: # (N,3), unit length; 0 where the density is level
         "Where the density falls, by central differences (official code)"
-        return self._fall(self.density(self._ends(x, eps or self.normal_eps)))
+        return _fall(self.density(self._ends(x, eps or self.normal_eps)))
 
     def _ends(self, x, eps):
         return (x + _six(eps, x.device, x.dtype)).clamp(-1, 1).view(-1, 3) # neighbours of neighbours stay neighbours, which the grid likes
-
-    def _fall(self, density):
-        ahead, behind = density.view(2, 3, -1)
-        return F.normalize((behind - ahead).t(), dim=-1, eps=1e-10)
 
     def around(self,
         x: Tensor, # (N,3)
     ) -> tuple[Tensor, Tensor, Tensor]: # Density: (N,), albedo: (N,3), normal: (N,3)
         "All there is to know about `x`, asked in one go"
-        density, h = self._ask(torch.cat([x, self._ends(x, self.normal_eps)]))
-        n = len(x)
-        return density[:n], h[:n].sigmoid(), self._fall(density[n:])
+        return self._ask(torch.cat([x, self._ends(x, self.normal_eps)]), 'density', 'albedo', 'normal')
 
     def parameter_groups(self,
         table_lr: float = 1e-2, # Official code; the paper says 1e-3 for everything

@@ -68,13 +68,14 @@ class OccupancyGrid(nn.Module):
         "The density from which on a cell is occupied"
         return self.density.mean(dtype=torch.float64).clamp(max=self.threshold).to(self.density)
 
-# %% ../nbs/22_nerf.ipynb #751c664b
+# %% ../nbs/22_nerf.ipynb #60abca8e
 @dataclass
 class Samples:
     "Points on rays, packed: those of one ray are neighbours, near ones first"
     ray: Tensor # Whose: (N,) rising
     t: Tensor # At which depth: (N,)
     start: Tensor # Where the samples of each ray begin, and at last N: (R+1,)
+    points: Tensor | None = None # Where, if somebody has worked it out: (N,3)
 
     @classmethod
     def pack(cls,
@@ -84,14 +85,6 @@ class Samples:
     ) -> 'Samples':
         "Find where each ray begins"
         return cls(ray, t, torch.searchsorted(ray, torch.arange(rays+1, device=ray.device)))
-
-    def heads(self,
-        count: Tensor, # (R,)
-    ) -> 'Samples':
-        "The first few of each ray"
-        start = F.pad(count.cumsum(0), (1, 0))
-        ray = torch.repeat_interleave(count, output_size=int(start[-1]))
-        return Samples(ray, self.t.index_select(0, torch.arange(len(ray), device=ray.device) + (self.start[:-1] - start[:-1]).index_select(0, ray)), start)
 
     def __len__(self): return len(self.t)
     def __getitem__(self, keep): # keep: (N,) bool, or rising indices
@@ -114,7 +107,7 @@ def _march_torch(origins, directions, occupied, step, shift, near):
     ray, t = map(torch.cat, zip(*found))
     return Samples.pack(ray, t, len(origins))
 
-# %% ../nbs/22_nerf.ipynb #6c042443
+# %% ../nbs/22_nerf.ipynb #32e92238
 @functools.cache
 def _numba_march():
     import numpy as np
@@ -167,7 +160,7 @@ def _triton_march():
     import triton.language as tl
 
     @triton.jit(do_not_specialize=['write'])
-    def kernel(o_ptr, d_ptr, occupied_ptr, shift_ptr, start_ptr, count_ptr, ray_ptr, t_ptr, step, near, n, write, BLOCK: tl.constexpr):
+    def kernel(o_ptr, d_ptr, occupied_ptr, shift_ptr, start_ptr, count_ptr, ray_ptr, t_ptr, point_ptr, step, near, n, write, BLOCK: tl.constexpr):
         r = tl.program_id(0)
         ox, oy, oz = tl.load(o_ptr + 3*r), tl.load(o_ptr + 3*r + 1), tl.load(o_ptr + 3*r + 2)
         dx, dy, dz = tl.load(d_ptr + 3*r), tl.load(d_ptr + 3*r + 1), tl.load(d_ptr + 3*r + 2)
@@ -193,6 +186,9 @@ def _triton_march():
             keep = one*write != 0
             tl.store(ray_ptr + at, (at*0 + r).to(tl.int64), keep)
             tl.store(t_ptr + at, t, keep)
+            tl.store(point_ptr + 3*at, ox + t*dx, keep)
+            tl.store(point_ptr + 3*at + 1, oy + t*dy, keep)
+            tl.store(point_ptr + 3*at + 2, oz + t*dz, keep)
             place += tl.sum(one, 0)
             first += BLOCK
         if write == 0: tl.store(count_ptr + r, place - begun)
@@ -202,14 +198,14 @@ def _march_triton(origins, directions, occupied, step, shift, near):
     R, device = len(origins), origins.device
     rays = [o.contiguous() for o in (origins, directions)] + [occupied.contiguous().view(torch.uint8), shift.contiguous()]
     start, count = torch.zeros(R+1, dtype=torch.long, device=device), torch.zeros(R, dtype=torch.long, device=device)
-    def go(ray, t, write):
-        with torch.cuda.device_of(start): _triton_march()[R,](*rays, start, count, ray, t, step, near, len(occupied), write, BLOCK=128, num_warps=1)
-    if R: go(count, shift, 0)
+    def go(ray, t, points, write):
+        with torch.cuda.device_of(start): _triton_march()[R,](*rays, start, count, ray, t, points, step, near, len(occupied), write, BLOCK=128, num_warps=1)
+    if R: go(count, shift, shift, 0)
     torch.cumsum(count, 0, out=start[1:])
     n = int(start[-1])
-    ray, t = torch.empty(n, dtype=torch.long, device=device), torch.empty(n, device=device)
-    if len(t): go(ray, t, 1)
-    return Samples(ray, t, start)
+    ray, t, points = torch.empty(n, dtype=torch.long, device=device), torch.empty(n, device=device), torch.empty(n, 3, device=device)
+    if n: go(ray, t, points, 1)
+    return Samples(ray, t, start, points)
 
 @functools.cache
 def _march_trouble(kind): # '' if Triton finds what torch finds
@@ -278,7 +274,7 @@ def _collect_torch(density, colour, normal, samples, step):
     if normal is not None: values.append(w.detach()[:, None]*normal)
     return along_rays(torch.cat(values, 1), samples), w
 
-# %% ../nbs/22_nerf.ipynb #d1306bde
+# %% ../nbs/22_nerf.ipynb #f1e19af7
 @functools.cache
 def _side(device): return torch.cuda.Stream(device)
 
@@ -357,12 +353,33 @@ def _triton_light():
             tl.store(dc_ptr + at, w[:, None]*rgb, here[:, None] & (three < 3))
             if NORMAL: tl.store(dn_ptr + at, w[:, None]*tl.load(out_ptr + r*width + 5 + three, three < 3, 0.), here[:, None] & (three < 3))
             first += BLOCK
-    return visible, forward, backward
+
+    @triton.jit
+    def take(start_ptr, kept_ptr, t_ptr, point_ptr, ray_out, t_out, point_out, BLOCK: tl.constexpr):
+        r = tl.program_id(0).to(tl.int64)
+        first, to, last = tl.load(start_ptr + r), tl.load(kept_ptr + r), tl.load(kept_ptr + r + 1)
+        while to < last:
+            i, j = first + tl.arange(0, BLOCK), to + tl.arange(0, BLOCK)
+            here = j < last
+            tl.store(ray_out + j, j*0 + r, here)
+            tl.store(t_out + j, tl.load(t_ptr + i, here, 0.), here)
+            for k in tl.static_range(3): tl.store(point_out + 3*j + k, tl.load(point_ptr + 3*i + k, here, 0.), here)
+            first += BLOCK
+            to += BLOCK
+    return visible, forward, backward, take
 
 def _reach(density, samples, step, stop): # of each ray, how many samples are seen
     count = torch.empty(len(samples.start) - 1, dtype=torch.long, device=density.device)
     with torch.cuda.device_of(density): _triton_light()[0][len(count),](density, samples.start, count, step, stop, BLOCK=64, num_warps=1)
     return count
+
+def _first(samples, count): # so many of each ray
+    start = torch.zeros_like(samples.start)
+    torch.cumsum(count, 0, out=start[1:])
+    n = int(start[-1])
+    ray, t, points = samples.ray.new_empty(n), samples.t.new_empty(n), samples.t.new_empty(n, 3)
+    with torch.cuda.device_of(t): _triton_light()[3][len(count),](samples.start, start, samples.t, samples.points, ray, t, points, BLOCK=64, num_warps=1)
+    return Samples(ray, t, start, points)
 
 class _Collect(torch.autograd.Function):
     @staticmethod
@@ -397,7 +414,9 @@ def _collect_trouble(kind): # '' if Triton finds what torch finds, there and bac
                 out, w = collect(*given, samples, .1)
                 found.append([out, w, *torch.autograd.grad(out.sin().sum() + w.square().sum(), given)])
         T = transmittance(given[0], samples, .1)[0]
-        seen = torch.bincount(samples.ray[T > 1e-3], minlength=6)
+        seen, samples.points = torch.bincount(samples.ray[T > 1e-3], minlength=6), given[1].detach()
+        some, few = _first(samples, seen), samples[T > 1e-3]
+        if not (torch.equal(some.ray, few.ray) and torch.equal(some.t, few.t) and torch.equal(some.start, few.start) and torch.equal(some.points, samples.points[T > 1e-3])): return False
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*found)) and (seen - _reach(given[0].detach(), samples, .1, 1e-3)).abs().sum() <= 1
     return trouble_with(check)
 
@@ -435,7 +454,7 @@ def depth_normals(
     normal = _slope(points, depth, 0).cross(_slope(points, depth, 1), dim=-1)
     return F.normalize(torch.where(seen, normal, 0.), dim=-1, eps=1e-10)
 
-# %% ../nbs/22_nerf.ipynb #6f9b48a6
+# %% ../nbs/22_nerf.ipynb #71cd6c77
 class NeRF(nn.Module):
     "The coarse scene: a field, seen by volume rendering"
     def __init__(self,
@@ -477,7 +496,7 @@ class NeRF(nn.Module):
         if not points.is_cuda: keep = self._visible(samples, points).nonzero()[:, 0]
         else: # one large wave: there, waiting for the next costs more than asking in vain
             density = _in_chunks(self.field.density, _room(points.device), points)
-            if not _collect_trouble(points.device.type): return samples.heads(_reach(density, samples, self.step, self.stop))
+            if samples.points is not None and not _collect_trouble('cuda'): return _first(samples, _reach(density, samples, self.step, self.stop))
             keep = (transmittance(density, samples, self.step)[0] > self.stop).nonzero()[:, 0]
         return samples[keep]
 
@@ -504,10 +523,10 @@ class NeRF(nn.Module):
         for t in kept: t.record_stream(here)
 
     def _trace(self, origins, directions, shading, light, generator, per_sample):
-        at = lambda s: torch.addcmul(origins.index_select(0, s.ray), s.t[:, None], directions.index_select(0, s.ray))
+        at = lambda s: torch.addcmul(origins.index_select(0, s.ray), s.t[:, None], directions.index_select(0, s.ray)) if s.points is None else s.points
         with self._early() as kept:
             samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
-            kept += [samples.ray, samples.t, samples.start]
+            kept += [o for o in (samples.ray, samples.t, samples.start, samples.points) if o is not None]
         points = at(samples)
         if self.stop > 0 and len(samples):
             samples = self._sift(samples, points)
