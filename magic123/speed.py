@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_priors', 'fit_toy', 'wait', 'spread', 'time_it',
            'sections', 'kind_of', 'phases', 'run_steps', 'gpu_work', 'project', 'measure_stage', 'beside_official',
-           'some_points', 'measure_hashgrid', 'measure_volume', 'measure_surface', 'start_up', 'save_random',
-           'measure_start', 'about', 'measure', 'load_results', 'add_result', 'main']
+           'some_points', 'measure_hashgrid', 'measure_volume', 'measure_surface', 'measure_scaling', 'start_up',
+           'save_random', 'measure_start', 'about', 'measure', 'load_results', 'add_result', 'main']
 
 # %% ../nbs/63_speed.ipynb #52ca3bf8
 import argparse, json, statistics, sys, tempfile, time
@@ -374,6 +374,30 @@ def measure_surface(
     scene.zero_grad()
     return out
 
+# %% ../nbs/63_speed.ipynb #5781e890
+def measure_scaling(
+    recipe: Recipe,
+    scenes: dict[str, object], # 'coarse', 'fine': a `NeRF`, a `DMTet`
+    reference: Reference,
+    prior, # A `JointPrior` or None
+    sizes: dict[str, tuple], # For each stage: pixels of a novel view
+    views: tuple = (1, 2, 4), # Novel views a step
+    steps: int = 24,
+    seconds: float = 20., # For each of the settings at most
+) -> dict[str, float]: # 'coarse 64 px', 'fine 2 views': mean milliseconds a step
+    "Steps of other sizes"
+    out = {}
+    for name, scene in scenes.items():
+        stage = getattr(recipe, name)
+        for what, change in [*((f'{size} px', dict(resolution=size)) for size in sizes[name]), *((f'{n} views', dict(novel_views=n)) for n in views)]:
+            with tempfile.TemporaryDirectory() as folder:
+                run = Run(scene, stage.model_copy(update=change), folder, recipe.seed)
+                at, photo = stage.steps//2, reference.at(stage.reference_resolution)
+                run_steps(run, photo, prior, recipe, at, 4, seconds)
+                went = run_steps(run, photo, prior, recipe, at, steps, seconds)
+            out[f'{name} {what}'] = round(sum(ms for _, ms in went)/len(went), 2)
+    return out
+
 # %% ../nbs/63_speed.ipynb #13a2ae68
 def start_up(
     recipe: Recipe,
@@ -444,8 +468,8 @@ def measure_start(
             return json.loads(done.stdout.splitlines()[-1]) | dict(process=round(time.perf_counter() - began, 2))
         return dict(cold=once(), cached=once())
 
-# %% ../nbs/63_speed.ipynb #3870162d
-PARTS = 'priors', 'coarse', 'fine', 'hashgrid', 'volume', 'surface', 'startup'
+# %% ../nbs/63_speed.ipynb #3175ad7e
+PARTS = 'priors', 'coarse', 'fine', 'hashgrid', 'volume', 'surface', 'startup', 'scaling'
 
 def about(
     device: torch.device,
@@ -502,6 +526,9 @@ def measure(
         scene = once('dmtet', dmtet)
         found = measure_stage(recipe, 'fine', scene, reference, once('prior', prior), steps, seconds, say)
         note('fine', found | dict(hand_over_s=cache.hand_over) | (dict(speed_up=beside_official(found, 'fine')) if full else {}))
+    if 'scaling' in parts:
+        sizes = dict(coarse=(64, 96, 128, 192, 256), fine=(512, 1024, 2048)) if full else dict(coarse=(32, 64, 96), fine=(256, 512))
+        note('scaling', measure_scaling(recipe, dict(coarse=once('nerf', nerf), fine=once('dmtet', dmtet)), reference, once('prior', prior), sizes, steps=24 if full else 3))
     return out
 
 def load_results(
