@@ -287,7 +287,27 @@ class _Lookup(torch.autograd.Function):
         layout, smooth, active, backend = ctx.rest
         return BACKENDS[backend][1](ctx.saved_tensors[0], grad, layout, smooth, active), None, None, None, None, None
 
-# %% ../nbs/20_hashgrid.ipynb #a356fc67
+# %% ../nbs/20_hashgrid.ipynb #ba69eee3
+@functools.cache
+def _tcnn_levels(layout, features, smooth, dtype):
+    import tinycudann
+    config = lambda r, s, dense: dict(otype='Grid', type='Hash', n_levels=1, n_features_per_level=features, base_resolution=r+1, per_level_scale=1.,
+        log2_hashmap_size=24 if dense else s.bit_length()-1, interpolation='Smoothstep' if smooth else 'Linear')
+    return [tinycudann.Encoding(3, config(*o), dtype=dtype) for o in zip(layout.resolution, layout.size, layout.dense)]
+
+def _tcnn_encode(table, x, layout, smooth, active):
+    F, out = table.shape[1], []
+    for level, r, part in zip(_tcnn_levels(layout, F, smooth, table.dtype)[:active], layout.resolution, table.split(layout.size)):
+        entries = nn.functional.pad(part.reshape(-1), (0, level.params.numel() - part.numel()))
+        out.append(torch.func.functional_call(level, dict(params=entries), (x.clamp(0, 1) - .5/r,)).to(table.dtype))
+    silent = x.new_zeros(len(x), (len(layout.resolution) - active)*F, dtype=table.dtype)
+    return torch.cat([*out, silent], 1)
+
+def _look_up(backend, table, x, layout, smooth, active):
+    if backend == 'tinycudann': return _tcnn_encode(table, x, layout, smooth, active)
+    return _Lookup.apply(table, x, layout, smooth, active, backend)
+
+# %% ../nbs/20_hashgrid.ipynb #54011221
 _interpreted = os.environ.get('TRITON_INTERPRET') == '1'
 
 def trouble_with(
@@ -300,24 +320,24 @@ def trouble_with(
 @functools.cache
 def _trouble(backend):
     if backend == 'torch': return ''
-    if backend == 'triton' and not (torch.cuda.is_available() or _interpreted): return 'no CUDA device'
-    device = 'cuda' if backend == 'triton' and not _interpreted else 'cpu'
+    if backend == 'tinycudann' and not torch.cuda.is_available() or backend == 'triton' and not (torch.cuda.is_available() or _interpreted): return 'no CUDA device'
+    device = 'cuda' if backend == 'tinycudann' or backend == 'triton' and not _interpreted else 'cpu'
     layout, rng = Layout.geometric(levels=2, log2_entries=9, base=4, finest=16), torch.Generator().manual_seed(0)
     x, table = torch.rand(8, 3, generator=rng).to(device), torch.randn(layout.entries, 2, generator=rng).to(device).requires_grad_()
     def check():
         with torch.enable_grad():
-            ours, truth = _Lookup.apply(table, x, layout, True, 2, backend), encode(x, table, layout)
+            ours, truth = _look_up(backend, table, x, layout, True, 2), encode(x, table, layout)
             grads = [torch.autograd.grad(o.square().sum(), table)[0] for o in (ours, truth)]
         return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in ((ours, truth), grads))
     return trouble_with(check)
 
 def pick_backend(
     device: torch.device | str, # Where the points are
-    wanted: str = 'auto', # 'auto', 'torch', 'numba' or 'triton'
+    wanted: str = 'auto', # 'auto', 'torch', 'numba', 'triton' or 'tinycudann'
 ) -> str:
     "The fastest backend that works on `device`, or the one that is `wanted`"
     kind = torch.device(device).type
-    fits = dict(torch=(kind,), numba=('cpu',), triton=('cuda', 'cpu') if _interpreted else ('cuda',))
+    fits = dict(torch=(kind,), numba=('cpu',), triton=('cuda', 'cpu') if _interpreted else ('cuda',), tinycudann=('cuda',))
     if wanted == 'auto':
         return next((b for b in dict(cpu=['numba'], cuda=['triton']).get(kind, []) if not _trouble(b)), 'torch')
     if wanted not in fits: raise UserError(f'Hash-grid backend {wanted!r} does not exist', f"Choose one of auto, {', '.join(fits)}")
@@ -327,11 +347,11 @@ def pick_backend(
 
 def backend_report() -> dict[str, str]:
     "What works here, what does not and why, and what `auto` picks on each device"
-    report = {b: _trouble(b) or 'works' for b in ('torch', 'numba', 'triton')}
+    report = {b: _trouble(b) or 'works' for b in ('torch', 'numba', 'triton', 'tinycudann')}
     devices = ['cpu'] + ['cuda']*torch.cuda.is_available()
     return report | {f'auto on {d}': pick_backend(d) for d in devices}
 
-# %% ../nbs/20_hashgrid.ipynb #e29fabf4
+# %% ../nbs/20_hashgrid.ipynb #2e3f3a04
 class HashGrid(nn.Module):
     "Features of points, learned by the entry"
     def __init__(self,
@@ -341,7 +361,7 @@ class HashGrid(nn.Module):
         base: int = 16, # Cells along an edge of the coarsest level (official code)
         finest: int = 2048, # And of the finest (official code)
         interpolation: str = 'smoothstep', # Or 'linear'; official code: smoothstep
-        backend: str = 'auto', # 'torch', 'numba', 'triton', or the fastest that works
+        backend: str = 'auto', # 'torch', 'numba', 'triton', 'tinycudann', or the fastest that works
     ):
         super().__init__()
         if features not in (1, 2, 4, 8): raise UserError(f'{features} features an entry', 'Choose 1, 2, 4 or 8')
@@ -363,9 +383,9 @@ class HashGrid(nn.Module):
         smooth, backend = self.interpolation == 'smoothstep', pick_backend(x.device, self.backend)
         dtype = self.table.dtype
         x = x.to(torch.promote_types(dtype, torch.float32)) # half a float cannot tell the finest cells apart
-        fits = x.dtype == torch.float32 if backend == 'triton' else dtype == torch.float32
+        fits = x.dtype == torch.float32 if backend in ('triton', 'tinycudann') else dtype == torch.float32
         if backend == 'torch' or x.requires_grad or not fits: return encode(x, self.table, self.layout, smooth, active).to(dtype)
-        return _Lookup.apply(self.table, x.contiguous(), self.layout, smooth, active, backend)
+        return _look_up(backend, self.table, x.contiguous(), self.layout, smooth, active)
 
     def extra_repr(self):
         "For `print`"

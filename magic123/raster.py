@@ -6,7 +6,7 @@
 __all__ = ['to_screen', 'edge_functions', 'visible_faces', 'Fragments', 'fragments', 'rasterize', 'interpolate', 'vertex_normals',
            'outline', 'outline_crossings', 'antialias']
 
-# %% ../nbs/31_raster.ipynb #894bd038
+# %% ../nbs/31_raster.ipynb #ccfbe94e
 from dataclasses import dataclass
 from functools import cache
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera
 from .hashgrid import jit, numba_threads, pick_backend, trouble_with
+from .show import UserError
 
 # %% ../nbs/31_raster.ipynb #4ce98e2b
 def to_screen(
@@ -178,7 +179,30 @@ def _zbuffer_trouble(kind): # '' if Triton sees what torch sees
     screen, faces = screen.to(kind), torch.arange(60).view(20, 3).to(kind)
     return trouble_with(lambda: (_zbuffer_triton(screen, faces, 16, 16, .01) != _zbuffer_torch(screen, faces, 16, 16, .01)).sum() <= 3)
 
-# %% ../nbs/31_raster.ipynb #8f94038e
+# %% ../nbs/31_raster.ipynb #2bdd7a24
+@cache
+def _nvdiffrast_context(device):
+    import nvdiffrast.torch as dr
+    return dr.RasterizeCudaContext(device=device)
+
+def _zbuffer_nvdiffrast(screen, faces, height, width, near):
+    import nvdiffrast.torch as dr
+    h, w = -(-height//8)*8, -(-width//8)*8 # it likes eights
+    x, y, depth = screen.unbind(1)
+    far = depth.amax().clamp(min=2*near) + 1
+    clip = torch.stack([2/w*x - depth, 2/h*y - depth, ((far + near)*depth - 2*far*near)/(far - near), depth], 1)
+    seen, _ = dr.rasterize(_nvdiffrast_context(screen.device), clip[None].contiguous(), faces.int().contiguous(), (h, w))
+    return seen[0, :height, :width, 3].long() - 1
+
+@cache
+def _nvdiffrast_trouble(kind): # '' if it sees what torch sees
+    if kind != 'cuda': return f'it does not run on {kind}'
+    some = torch.Generator().manual_seed(0)
+    screen = torch.rand(60, 3, generator=some)*torch.tensor([24., 24., 1.]) + torch.tensor([0., 0., .5])
+    screen, faces = screen.to(kind), torch.arange(60).view(20, 3).to(kind)
+    return trouble_with(lambda: (_zbuffer_nvdiffrast(screen, faces, 16, 16, .01) != _zbuffer_torch(screen, faces, 16, 16, .01)).sum() <= 12)
+
+# %% ../nbs/31_raster.ipynb #9a2534b7
 @torch.no_grad()
 def visible_faces(
     screen: Tensor, # (V,3) from `to_screen`, or any homogeneous pixel coordinates
@@ -186,10 +210,11 @@ def visible_faces(
     height: int, # Pixels
     width: int, # Pixels
     near: float = .01, # Nothing nearer is seen
-    backend: str = 'auto', # 'torch' (any device), 'numba' (CPU), 'triton' (GPU); 'auto' takes the fastest
+    backend: str = 'auto', # 'torch' (any device), 'numba' (CPU), 'triton' (GPU), 'nvdiffrast' (GPU, if installed); 'auto' takes the fastest of the first three
 ) -> Tensor: # (H,W) int64: the nearest triangle at each pixel's centre, -1 for none
     "Which triangle is seen at each pixel"
-    zbuffers = dict(torch=_zbuffer_torch, numba=_zbuffer_numba, triton=_zbuffer_triton)
+    zbuffers = dict(torch=_zbuffer_torch, numba=_zbuffer_numba, triton=_zbuffer_triton, nvdiffrast=_zbuffer_nvdiffrast)
+    if backend == 'nvdiffrast' and (why := _nvdiffrast_trouble(screen.device.type)): raise UserError(f'nvdiffrast cannot be used: {why}', "Choose 'auto', or install it")
     if backend == 'auto':
         if screen.device.type == 'cpu': backend = 'numba' if _has_numba() else 'torch'
         else: backend = 'torch' if _zbuffer_trouble(screen.device.type) else 'triton'
