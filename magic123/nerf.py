@@ -454,7 +454,7 @@ def depth_normals(
     normal = _slope(points, depth, 0).cross(_slope(points, depth, 1), dim=-1)
     return F.normalize(torch.where(seen, normal, 0.), dim=-1, eps=1e-10)
 
-# %% ../nbs/22_nerf.ipynb #71cd6c77
+# %% ../nbs/22_nerf.ipynb #49d3fcf3
 class NeRF(nn.Module):
     "The coarse scene: a field, seen by volume rendering"
     def __init__(self,
@@ -510,6 +510,20 @@ class NeRF(nn.Module):
             lo, hi = hi, 2*hi
         return T > self.stop
 
+    def _ask_seen(self, samples, points): # as `_visible`, but asks for everything at once: who is seen, and their answers
+        known, rank = points.new_zeros(len(points)), torch.arange(len(points)) - samples.start[samples.ray]
+        lo, hi, T, places, answers = 0, max(8, self.samples//16), known + 1, [], []
+        while len(todo := ((rank >= lo) & (rank < hi) & (T > self.stop)).nonzero()[:, 0]):
+            answers.append(_in_chunks(self.field, 2**17, points[todo], forget=self.low_memory))
+            places.append(todo)
+            known[todo] = answers[-1][0].detach()
+            T, _ = transmittance(known, samples, self.step)
+            lo, hi = hi, 2*hi
+        keep = (T > self.stop).nonzero()[:, 0]
+        place = torch.empty_like(rank)
+        place[torch.cat(places)] = torch.arange(sum(map(len, places)))
+        return samples[keep], *(torch.cat(o).index_select(0, place[keep]) for o in zip(*answers))
+
     @contextmanager
     def _early(self): # a list for tensors: where the rays go does not depend on the last step, so a GPU need not have finished it
         device, kept = self.occupancy.density.device, []
@@ -527,12 +541,14 @@ class NeRF(nn.Module):
         with self._early() as kept:
             samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
             kept += [o for o in (samples.ray, samples.t, samples.start, samples.points) if o is not None]
-        points = at(samples)
-        if self.stop > 0 and len(samples):
-            samples = self._sift(samples, points)
-            points = at(samples)
-        ask, size = (self.field.around, 2**15) if per_sample else (self.field, 2**17)
-        density, colour, *normal = _in_chunks(ask, size, points, forget=self.low_memory)
+        points, some = at(samples), self.stop > 0 and len(samples) > 0
+        if some and not per_sample and not points.is_cuda: samples, density, colour, *normal = self._ask_seen(samples, points)
+        else:
+            if some:
+                samples = self._sift(samples, points)
+                points = at(samples)
+            ask, size = (self.field.around, 2**15) if per_sample else (self.field, 2**17)
+            density, colour, *normal = _in_chunks(ask, size, points, forget=self.low_memory)
         normal, aux = normal[0] if normal else None, {}
         if per_sample:
             aux = dict(normals=normal, directions=directions.index_select(0, samples.ray))
