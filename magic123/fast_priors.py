@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPEEDS', 'PlainAttention', 'lean', 'Pair', 'Alike', 'share_beginning', 'Recorded', 'RecordedBothWays', 'ThereAndBack',
-           'forget_between', 'FastDiffusion', 'quicken', 'spent_ms', 'prior_speed']
+           'forget_between', 'FastDiffusion', 'quicken', 'prior_speed']
 
 # %% ../nbs/49_fast_priors.ipynb #079f6202
-import statistics, time
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .cameras import Camera
 from .joint_prior import JointPrior
 from .shading import View
-from .show import UserError
+from .show import UserError, spent_ms
 from .stable_diffusion import Condition, LatentDiffusion, LatentPrior
 from .tiny_priors import fuse_norms, fused_norms_work, record, warm_up
 
@@ -218,22 +218,6 @@ def quicken(
     return replace(prior, diffusion=FastDiffusion(**vars(model), pair=pair, record=cuda, low_memory=low_memory))
 
 # %% ../nbs/49_fast_priors.ipynb #4b053ea2
-def spent_ms(
-    work: Callable[[], object],
-    device: torch.device | str,
-    repeats: int = 20,
-    warm: int = 3, # Times that don't count
-) -> list[float]: # Milliseconds
-    "How long `work` takes, alone, again and again"
-    cuda, spent = torch.device(device).type == 'cuda', []
-    for _ in range(repeats + warm):
-        if cuda: torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        work()
-        if cuda: torch.cuda.synchronize(device)
-        spent.append(1000*(time.perf_counter() - began))
-    return spent[warm:]
-
 def _median_ms(*work): return statistics.median(spent_ms(*work))
 
 def prior_speed(

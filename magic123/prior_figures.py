@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .cameras import held_out_cameras, stack_c2w
-from .fast_priors import spent_ms
 from .photo_networks import answers, load_network, nearness, pearson, surface_depth
 from .preprocess import reference_from_toy
-from .show import UserError, atomic_write, data_folder, default_device, save_png, to_uint8
+from .show import UserError, atomic_write, data_folder, default_device, save_png, spent_ms, to_uint8
 from .tiny_priors import (SIDES, VALIDATION_SEED, Job, Trainee, World, evaluate_vae, fit, load_priors, make_world,
     novel_views, relative_poses, text_to_image, to_bytes, to_net, view_word)
 from .toybox import COLOURS, FAMILIES, MEASURE_SEEDS, SPLITS, Toy, make_toy, pack_toys, render_toys

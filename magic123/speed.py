@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from .cameras import Camera
 from .dmtet import DMTet
-from .fast_priors import prior_speed, spent_ms
+from .fast_priors import prior_speed
 from .hashgrid import HashGrid
 from .image_to_mesh import make_nerf, pick_dtype, prior_folder, ready_device, ready_priors, versions
 from .joint_prior import JointPrior
@@ -29,7 +29,7 @@ from .preprocess import Reference, load_reference
 from .recipe import Recipe
 from .sds import alphas_cumprod
 from .shading import Shading, View
-from .show import UserError, atomic_write, data_folder, default_device
+from .show import UserError, atomic_write, data_folder, default_device, spent_ms
 from .stable_diffusion import LatentDiffusion, StableDiffusionPrior
 from .toybox import Toy, parse_toy
 from .zero123 import Zero123Prior, tell_one_token
