@@ -7,7 +7,7 @@ __all__ = ['UserError', 'default_device', 'spent_ms', 'to_uint8', 'Strip', 'stri
            'atomic_write', 'save_png', 'save_video', 'data_folder']
 
 # %% ../nbs/00_show.ipynb #13fe810e
-import errno, io, os, tempfile, time
+import errno, io, os, subprocess, tempfile, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +122,7 @@ def normal_to_rgb(
 
 # %% ../nbs/00_show.ipynb #5de4a447
 _reasons = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk quota is used up', errno.EROFS: 'the disk is read-only',
+    errno.EFBIG: 'the file is larger than is allowed here',
     errno.EACCES: 'permission denied', errno.EPERM: 'permission denied', errno.ENOTDIR: 'a file is where a folder should be',
     errno.EEXIST: 'a file is where a folder should be', errno.EISDIR: 'a folder is where the file should be'}
 
@@ -162,25 +163,41 @@ def save_png(
     with atomic_write(path) as tmp: Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a).save(tmp, 'PNG')
 
 # %% ../nbs/00_show.ipynb #4068b1fc
+def _film(path, size, fps, said): # A process that eats frames
+    import imageio_ffmpeg
+    raw = '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', '{}x{}'.format(*size), '-r', str(fps), '-i', '-'
+    h264 = '-an', '-c:v', 'libx264', '-pix_fmt', 'yuv420p', '-crf', '18', '-movflags', '+faststart'
+    argv = [imageio_ffmpeg.get_ffmpeg_exe(), '-y', '-v', 'error', *raw, *h264, str(path)]
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+
+def _check_film(process, said): # Once it has ended
+    if code := process.returncode:
+        said.seek(0)
+        words = said.read().decode(errors='replace').split('\n')
+        raise OSError(f'ffmpeg could not write the film ({code}): ' + next((w for w in words if _reason(w)), words[0]))
+
 def save_video(
     path: str | Path, # Where to: `.mp4`
     frames, # Pictures (H,W,3) of one size, floats in [0,1] or bytes; a generator will do
     fps: int = 25, # Frames per second (official code)
 ) -> None:
     "Write a film, whole or not at all"
-    import imageio_ffmpeg
-    with atomic_write(path) as tmp:
-        writer = None
+    with atomic_write(path) as tmp, tempfile.TemporaryFile() as said:
+        film = None
         try:
             for frame in map(to_uint8, frames):
                 frame = np.pad(frame, [(0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)], mode='edge')
-                if writer is None:
-                    writer = imageio_ffmpeg.write_frames(str(tmp), frame.shape[1::-1], fps=fps, macro_block_size=1, quality=None,
-                        output_params=['-crf', '18', '-movflags', '+faststart'])
-                    writer.send(None)
-                writer.send(np.ascontiguousarray(frame))
+                film = film or _film(tmp, frame.shape[1::-1], fps, said)
+                film.stdin.write(np.ascontiguousarray(frame))
+            if film is None: raise UserError(f'{path} would be a film of no pictures', 'Ask for one view at least')
+        except BrokenPipeError: pass # ffmpeg has given up; it says why
+        except BaseException:
+            if film: film.kill()
+            raise
         finally:
-            if writer: writer.close()
+            if film: film.communicate() # no more frames
+        _check_film(film, said)
+
 
 # %% ../nbs/00_show.ipynb #63442504
 def data_folder() -> Path: # The folder `data`
