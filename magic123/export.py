@@ -11,6 +11,7 @@ __all__ = ['FORMATS', 'SIDES', 'weld', 'face_components', 'is_watertight', 'sign
 # %% ../nbs/52_export.ipynb #2934bc63
 import io, tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -340,16 +341,28 @@ def _usd_stage(path, mesh):
     UsdShade.MaterialBindingAPI.Apply(prim.GetPrim()).Bind(_preview_surface(stage, '/object'))
     stage.GetRootLayer().Save()
 
+def _holds(package, mesh): # Whether what was written is what was meant
+    from zipfile import ZipFile
+    try:
+        with ZipFile(package) as z: whole = z.testzip() is None
+        v, f, _, _, texture, _ = _load_usdz(package)
+    except Exception: return False
+    return whole and v.shape == mesh.vertices.shape and f.shape == mesh.faces.shape and texture.size == mesh.texture.shape[1::-1]
+
 def save_usdz(
     path: str | Path, # Where to: `.usdz`
     mesh: TexturedMesh,
 ) -> list[Path]: # What was written
     "One USD package, mesh and texture in it"
-    from pxr import Sdf, UsdUtils
-    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as tmp:
+    from pxr import Sdf, Tf, UsdUtils
+    with atomic_write(path) as tmp, tempfile.TemporaryDirectory() as folder:
+        stage, package = Path(folder)/'object.usdc', Path(folder)/'object.usdz'
         _image(mesh).save(Path(folder)/'texture.png')
-        _usd_stage(Path(folder)/'object.usdc', mesh)
-        if not UsdUtils.CreateNewUsdzPackage(Sdf.AssetPath(f'{folder}/object.usdc'), str(tmp)): raise OSError(f'USD could not write {path}')
+        with suppress(Tf.ErrorException): # what is left of it is looked at
+            _usd_stage(stage, mesh)
+            UsdUtils.CreateNewUsdzPackage(Sdf.AssetPath(str(stage)), str(package))
+        if not _holds(package, mesh): raise UserError(f'Could not write {path}: USD left a package that cannot be read', f'Free some space in {tempfile.gettempdir()}, where it is made')
+        tmp.write_bytes(package.read_bytes())
     return [Path(path)]
 
 # %% ../nbs/52_export.ipynb #d78e800d
