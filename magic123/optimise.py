@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['photo_terms', 'jitter', 'novel_look', 'view_terms', 'step_terms', 'Progress', 'save_checkpoint', 'load_checkpoint',
-           'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
+           'same_shape', 'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
 
 # %% ../nbs/51_optimise.ipynb #75a69074
 import json, math, signal, threading, time
@@ -56,12 +56,14 @@ def jitter(
 def novel_look(
     stage: Stage,
     novel: NovelSettings, # Where novel views are taken from
+    photo: Camera, # The photo's: what `novel` leaves open is as there
     step: int, # Counted from 0
     generator: torch.Generator,
     device='cpu', # Where the background will be needed
 ) -> tuple[Camera, Shading, Tensor | None]: # Where from, how lit, background (3,) or None for white
     "Draw a novel view"
-    camera = sample_novel_camera(novel.radius, novel.polar, novel.azimuth, novel.fovy, novel.uniform_sphere_rate, stage.resolution, generator=generator)
+    radius, fovy = (given or (as_photo,)*2 for given, as_photo in ((novel.radius, photo.radius), (novel.fovy, photo.fovy)))
+    camera = sample_novel_camera(radius, novel.polar, novel.azimuth, fovy, novel.uniform_sphere_rate, stage.resolution, generator=generator)
     schedule = ShadingSchedule(stage.light.normal_fraction, stage.light.textureless, stage.light.ambient)
     shading, unlit, colour = sample_shading(step/stage.steps, schedule, camera, generator), *torch.rand(4, generator=generator).split([1, 3])
     if shading.mode != 'normal' and unlit.item() < stage.light.albedo: shading = Shading()
@@ -100,7 +102,7 @@ def step_terms(
         view = scene.render(camera, Shading(), generator=dice[0], normals=normals)
         terms = photo_terms(view, reference, stage) | {k: v/kinds for k, v in view_terms(scene, view, stage).items()}
     for i in team.mine(n) if elsewhere else ():
-        camera, shading, background = novel_look(stage, novel, step, dice[1 + i], reference.rgb.device)
+        camera, shading, background = novel_look(stage, novel, reference.camera, step, dice[1 + i], reference.rgb.device)
         view = scene.render(camera, shading, background, generator=dice[1 + i], normals=normals)
         ask = lambda: {} if prior is None else prior.terms(view, camera, stage.noise_levels(step), dice[1 + i], weights=stage.prior_weights(step))
         told, owed = side_by_side(view.rgb.device, [ask, lambda: view_terms(scene, view, stage)], 1) # some losses have to count before they can go on: not also wait for the prior
@@ -149,6 +151,15 @@ def load_checkpoint(
             with safe_open(path.with_suffix('.safetensors'), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, progress
         except (OSError, ValueError, TypeError, SafetensorError): continue
     if found: raise UserError(f'No checkpoint in {folder} can be read', 'Remove that folder to begin this stage again')
+
+@contextmanager
+def same_shape(
+    folder: Path, # Where the checkpoint is
+):
+    "A checkpoint that does not fit the scene is the user's error: the recipe was changed between"
+    try: yield
+    except (RuntimeError, KeyError, ValueError) as e: raise UserError(f'The checkpoint in {folder} is of another scene than the recipe describes',
+        'Put the run\'s recipe.json back as it was, or begin again with `magic123 run --overwrite`') from e
 
 # %% ../nbs/51_optimise.ipynb #f1b31db7
 def make_adam(
@@ -204,11 +215,12 @@ class Run:
         if found is None: return False
         tensors, self.progress = found
         part = lambda name: {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name+'.')}
-        self.scene.load_state_dict(part('scene'))
         state = {}
         for k, v in part('adam').items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.')[1]] = v
-        self.adam.load_state_dict(dict(state=state, param_groups=self.adam.state_dict()['param_groups']))
-        if self.average is not None: self.average = [tensors[f'average.{i}'].to(p) for i, p in enumerate(self.params)]
+        with same_shape(self.folder):
+            self.scene.load_state_dict(part('scene'))
+            self.adam.load_state_dict(dict(state=state, param_groups=self.adam.state_dict()['param_groups']))
+            if self.average is not None: self.average = [tensors[f'average.{i}'].to(p) for i, p in enumerate(self.params)]
         if chance: self.generator.set_state(tensors['rng'])
         return True
 
@@ -285,6 +297,7 @@ class Run:
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, 'ab') as f:
+                p.log_bytes = min(p.log_bytes, f.tell()) # it may have been deleted
                 f.truncate(p.log_bytes)
                 f.write(line.encode() + b'\n')
         except OSError as e: raise UserError(f'Could not write {self.log}: {e.strerror}', 'Free some space and run `magic123 resume`') from e
@@ -367,7 +380,7 @@ def load_scene(
     found = load_checkpoint(folder)
     if found is None: raise UserError(f'There is no checkpoint in {folder}', 'Run this stage first: `magic123 resume`')
     tensors = found[0]
-    scene.load_state_dict({k.removeprefix('scene.'): v for k, v in tensors.items() if k.startswith('scene.')})
+    with same_shape(folder): scene.load_state_dict({k.removeprefix('scene.'): v for k, v in tensors.items() if k.startswith('scene.')})
     params = [p for g in scene.parameter_groups() for p in g['params']]
     with torch.no_grad():
         for i, p in enumerate(params):

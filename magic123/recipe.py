@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 from fastcore.basics import patch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 # %% ../nbs/50_recipe.ipynb #70b2c73c
 class Settings(BaseModel):
@@ -72,7 +72,7 @@ def _user_error(message, hint):
     from magic123.show import UserError # brings torch: two seconds that `--help` need not wait for
     return UserError(message, hint)
 
-_kinds = dict(int='a whole number', float='a number', bool='true or false', str='text', tuple='two numbers')
+_kinds = dict(int='a whole number', float='a number', bool='true or false', str='text', tuple='two numbers', model='a group such as {"steps": 100}')
 
 def nearest(
     path: str, # A dotted path that does not exist
@@ -93,6 +93,7 @@ def _complaint(error, fields):
         return f'there is no setting {path}' + (f': did you mean {guess}?' if guess else '')
     field, ctx = fields.get(path), error.get('ctx', {})
     wants = [_kinds.get(error['type'].split('_')[0], '')] if error['type'].endswith(('_parsing', '_type')) else []
+    if error['type'] == 'tuple_type' and field is not None and Ellipsis in get_args(field.annotation): wants = ['a list such as ["glb", "obj"]']
     if error['type'] == 'finite_number': wants = ['a finite number']
     if error['type'] == 'literal_error': wants = [ctx['expected']]
     if error['type'] == 'value_error': wants = [str(ctx['error'])]
@@ -108,7 +109,7 @@ def checked(
     try: return model.model_validate(data)
     except ValidationError as e:
         found = [_complaint(o, leaves(model)) for o in e.errors(include_url=False)]
-        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found),
+        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in dict.fromkeys(found)),
             'See `magic123 run --help` for every setting, its range and its default') from e
 
 # %% ../nbs/50_recipe.ipynb #54804b65
@@ -149,17 +150,17 @@ class PriorSettings(Settings):
 
 class NovelSettings(Settings):
     "Where novel views are taken from"
-    radius: span(1, 10) = setting((1.8, 1.8), 'official code (nerf/provider.py)', 'Range of distances')
+    radius: span(1, 10) | None = setting(None, "official code (main.py): the range and the photo are both at 1.8", "Range of distances; the photo's if not given")
     polar: span(1, 179) = setting((45., 135.), 'official code (nerf/provider.py)', 'Range of degrees from straight above')
     azimuth: span(-360, 360) = setting((-180., 180.), 'official code (nerf/provider.py)', 'Range of degrees around')
-    fovy: span(5, 120) = setting((40., 40.), 'official code (nerf/provider.py)', 'Range of fields of view in degrees')
+    fovy: span(5, 120) | None = setting(None, "official code (main.py): the range and the photo are both at 40", "Range of fields of view in degrees; the photo's if not given")
     uniform_sphere_rate: float = setting(.5, 'official code (nerf/provider.py)', 'How often to ignore the ranges and look from anywhere above', ge=0, le=1)
 
 # %% ../nbs/50_recipe.ipynb #6af7c244
 class NeRFSettings(Settings):
     "The coarse scene"
     levels: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Levels of the hash grid', ge=1, le=32)
-    features: int = setting(2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Features per entry', ge=1, le=8)
+    features: Literal[1, 2, 4, 8] = setting(2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Features per entry')
     log2_entries: int = setting(19, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Entries per level, as a power of two', ge=4, le=24)
     base: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Cells along an edge at the coarsest level', ge=2, le=512)
     finest: int = setting(2048, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Cells along an edge at the finest level', ge=2, le=16384)
@@ -176,6 +177,12 @@ class NeRFSettings(Settings):
     normals: Literal['density', 'depth'] = setting('depth', 'paper 2.1.1: finite differences of the depth', 'Where normals come from')
     normal_eps: float = setting(1e-2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Step of the finite differences for normals', gt=0, le=.5)
 
+    @field_validator('finest')
+    @classmethod
+    def _finer(cls, finest, info: ValidationInfo):
+        if finest < info.data.get('base', 0): raise ValueError(f'no less than nerf.base, {info.data["base"]}')
+        return finest
+
 class DMTetSettings(Settings):
     "The fine scene"
     resolution: int = setting(256, 'official code (nerf/renderer.py)', 'Layers of lattice vertices along the object\'s longest side', ge=4, le=512)
@@ -191,7 +198,7 @@ class ExportSettings(Settings):
     formats: tuple[Literal['glb', 'obj', 'ply', 'usdz'], ...] = setting(('glb',), 'ours: one file that opens everywhere', 'Files to write')
     max_faces: int = setting(50_000, 'official code (nerf/renderer.py): decimate_target', 'Faces to keep at most', ge=100, le=10_000_000)
     smallest_piece: float = setting(.05, 'ours: crumbs in the air', 'Pieces with less than this share of the largest one\'s area go', ge=0, le=1)
-    turntable_views: int = setting(100, 'official code (nerf/provider.py)', 'Frames of the film', ge=2, le=10_000)
+    turntable_views: int = setting(100, 'official code (nerf/provider.py)', 'Frames of the film', ge=1, le=10_000)
     turntable_size: int = setting(800, 'official code (nerf/provider.py)', 'Height of its frames in pixels', ge=16, le=4096)
     perceptual: bool = setting(False, 'ours: its networks are 10 GB; the paper (3.3) reports both', 'Measure LPIPS and CLIP-similarity too, if their weights are on this machine (64_perceptual)')
 
@@ -257,6 +264,13 @@ class Stage(Settings):
     preview_interval: int = setting(50, 'ours', 'Steps between pictures of the state', ge=1, le=1_000_000)
     patience: int = setting(5, 'ours', 'Steps with a loss that is not finite before going back to the last checkpoint', ge=1, le=1000)
     rollbacks: int = setting(3, 'ours', 'Times to go back, with half the learning rate, before giving up', ge=0, le=100)
+
+    @field_validator('t_final')
+    @classmethod
+    def _above(cls, t_final, info: ValidationInfo):
+        lowest = info.data.get('t_range', (0,))[0]
+        if t_final is not None and t_final < lowest: raise ValueError(f'no less than the lowest of t_range, {lowest:g}')
+        return t_final
 
     def views(self, step: int) -> tuple[bool, bool]: # Look at the photo? At a novel view?
         "What step number `step`, counted from 0, looks at"
@@ -429,8 +443,15 @@ def preset(
 # %% ../nbs/50_recipe.ipynb #a26dd310
 def _flat(values, path=''):
     out = {}
-    for k, v in values.items(): out |= _flat(v, f'{path}{k}.') if isinstance(v, dict) else {path+k: v}
+    for k, v in values.items(): out |= _flat(v, f'{path}{k}.') if isinstance(v, dict) and v else {path+str(k): v}
     return out
+
+def _put(data, path, value): # Into nested values; what is inside a plain value goes to where pydantic will not know it
+    *groups, name = path.split('.')
+    for i, g in enumerate(groups):
+        if not isinstance(data.setdefault(g, {}), dict): return data.update({'.'.join([g, *groups[i+1:], name]): value})
+        data = data[g]
+    if value != {} or not isinstance(data.get(name), dict): data[name] = value
 
 @patch
 def replace(
@@ -440,13 +461,7 @@ def replace(
 ) -> Recipe:
     "A recipe with some values changed"
     data = self.model_dump()
-    for path, value in _flat(values).items():
-        *groups, name = path.split('.')
-        place = data
-        for g in groups:
-            place = place.setdefault(g, {})
-            if not isinstance(place, dict): place = {}
-        place[name] = value
+    for path, value in _flat(values).items(): _put(data, path, value)
     return checked(type(self), data, origin)
 
 # %% ../nbs/50_recipe.ipynb #aa7583de
@@ -459,12 +474,13 @@ def load(
     if isinstance(source, str) and source in PRESETS: return cls.preset(source)
     if not isinstance(source, dict):
         if not str(source).endswith('.json'): return cls.preset(str(source))
-        try: data = json.loads(Path(source).read_text())
+        try: data = json.loads(Path(source).read_text(encoding='utf-8'))
         except OSError as e: raise _user_error(f'Could not read the recipe {source}: {e.strerror}', 'Check the path, or name a preset: ' + ', '.join(PRESETS)) from e
         except ValueError as e: raise _user_error(f'{source} is not JSON: {e}', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}') from e
     else: data = source
-    if not isinstance(data, dict): raise _user_error(f'{source} holds no recipe', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}')
-    data = data.get('recipe', data)
+    data = data.get('recipe', data) if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(data.get('name', ''), str):
+        raise _user_error(f'{source} holds no recipe', 'Write a recipe like {"name": "quick", "coarse": {"steps": 100}}')
     return cls.preset(data.get('name', 'quick')).replace(data, f'recipe {source}' if not isinstance(source, dict) else 'recipe')
 
 # %% ../nbs/50_recipe.ipynb #7d095e7c
