@@ -96,9 +96,9 @@ def load_part(
             output_loading_info=True)
     except Exception as e:
         raise UserError(f'{file} could not be read: {_first_line(e)}', 'Fetch it again, or compare its size with the original') from e
-    if absent := sorted(info['missing_keys']):
-        raise UserError(f'{file} lacks {len(absent)} weights that its config.json asks for, such as {absent[0]}',
-            'Fetch weights and config.json from the same place')
+    absent, odd = sorted(info['missing_keys']), sorted(name for name in info['unexpected_keys'] if not name.endswith('.position_ids'))
+    for names, what in ((absent, 'lacks {} weights that its config.json asks for'), (odd, 'holds {} weights that its config.json has no place for')):
+        if names: raise UserError(f'{file} {what.format(len(names))}, such as {names[0]}', 'Fetch weights and config.json from the same place')
     with quiet(): model = model.to(device, dtype).eval().requires_grad_(False)
     if folder.name == 'vae': _vaes[key] = model
     return model

@@ -1,8 +1,10 @@
 "What must be true of the repository as a whole"
 import json, re, shutil, subprocess, sys
+from importlib.util import find_spec
 from pathlib import Path
 import pytest
 from nbdev.config import get_config
+from packaging.requirements import Requirement
 
 ROOT = get_config().config_path
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -61,6 +63,12 @@ def test_requirements():
     cfg = get_config()
     for pin in ('nbdev==2.4.14', 'fastcore<2', 'execnb<0.2', 'ghapi<2'): assert pin in cfg.dev_requirements.split()
     assert not re.search(r'torchvision|lpips|open_clip|timm|fastprogress', cfg.requirements + cfg.dev_requirements)
+    for line in (cfg.requirements + ' ' + cfg.dev_requirements).split(): Requirement(line) # a space would cut one in two
+
+def test_kernels_are_interpreted():
+    "Pages run their GPU kernels in Triton's interpreter wherever there is Triton, and it is among the tools on Linux"
+    marker = next(r.marker for r in map(Requirement, get_config().dev_requirements.split()) if r.name == 'triton')
+    assert bool(find_spec('triton')) or not marker.evaluate()
 
 def test_import_brings_no_accelerators():
     modules = [f'magic123.{p.stem}' for p in (ROOT/'magic123').glob('*.py') if not p.stem.startswith('_') and p.stem != 'notebooks']

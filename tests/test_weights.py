@@ -121,16 +121,33 @@ def test_mirror_is_trusted_for_its_fingerprint_only(hub):
     assert 'is not the file that it should be' in got.stderr and list((hub.tmp/'hf').rglob('unet/config.json')) and not list((hub.tmp/'hf').rglob('text_encoder/*.safetensors'))
 
 def test_mirror_without_known_fingerprint(hub):
+    "The lock file says which of the places it was, also when the files were here before it"
     publish(hub, 'kxic/zero123-xl', zero123.tiny_random)
-    got = hub.run('weights', 'fetch', 'zero123-xl')
-    assert got.returncode == 0, got.stdout + got.stderr
-    assert json.loads((hub.tmp/'weights'/'weights.lock.json').read_text())['zero123-xl']['place'] == 'kxic/zero123-xl'
+    lock = hub.tmp/'weights'/'weights.lock.json'
+    for _ in range(2):
+        got = hub.run('weights', 'fetch', 'zero123-xl')
+        assert got.returncode == 0, got.stdout + got.stderr
+        assert json.loads(lock.read_text())['zero123-xl']['place'] == 'kxic/zero123-xl'
+        lock.unlink()
+
+def test_a_run_does_not_trust_what_it_finds(hub):
+    "A mirror's snapshot that nobody has fetched through us, with other files than those that are known"
+    publish(hub, 'botp/stable-diffusion-v1-5', stable_diffusion.tiny_random)
+    code = 'from huggingface_hub import snapshot_download; snapshot_download("botp/stable-diffusion-v1-5")'
+    assert subprocess.run([sys.executable, '-c', code], env=hub.env, capture_output=True).returncode == 0
+    got = hub.run('run', 'toybox:mug:900003', '--priors.stable-diffusion', 'stable-diffusion-v1-5/stable-diffusion-v1-5', '--out', str(hub.tmp/'out'))
+    assert got.returncode == 2 and 'botp/stable-diffusion-v1-5: text_encoder/model.safetensors is not the file that it should be' in ' '.join(got.stderr.split())
 
 def test_offline_says_what_to_do(hub):
     hub.stop()
     for more in ({}, dict(HF_HUB_OFFLINE='1')):
         got = hub.run('weights', 'fetch', 'stable-diffusion-1.5', **more)
         assert got.returncode == 2 and 'is not on this machine' in got.stderr and 'hf download stable-diffusion-v1-5/stable-diffusion-v1-5' in ' '.join(got.stderr.split()) and not any(word in got.stderr for word in ('Traceback', 'Retrying'))
+
+def test_offline_asks_nobody(hub, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1'), monkeypatch.setenv('U2NET_HOME', str(hub.tmp/'u2net'))
+    monkeypatch.setattr('urllib.request.urlopen', lambda *_, **__: pytest.fail('somebody was asked'))
+    with pytest.raises(UserError, match='HF_HUB_OFFLINE is set'): weights.fetch('cutout')
 
 def test_depth_and_cutout_lie_where_they_are_looked_for(hub, monkeypatch):
     "What `weights fetch` brings is what `preprocess` finds"
@@ -198,6 +215,59 @@ def test_half_precision_variants(tmp_path, kind):
     found = zero123.Zero123Prior.load(home, reference, device='cpu')
     torch.testing.assert_close(found.diffusion.unet.state_dict(), wanted.diffusion.unet.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(found.thought, wanted.thought, rtol=0, atol=0)
+
+@pytest.mark.parametrize('pickles', [False, True])
+def test_weights_without_a_place(tmp_path, monkeypatch, pickles):
+    "A folder's weight that its configuration does not ask for is named, in a safetensors file or in a pickle"
+    from safetensors.torch import load_file, save_file
+    monkeypatch.setenv('MAGIC123_WEIGHTS', str(tmp_path/'home'))
+    home = stable_diffusion.tiny_random(tmp_path)
+    file = home/'unet'/'diffusion_pytorch_model.safetensors'
+    save_file(load_file(file) | {'conv_extra.weight': torch.ones(2)}, file, {'format': 'pt'})
+    if pickles: pickled(home)
+    with pytest.raises(UserError, match='has no place for, such as conv_extra.weight'): stable_diffusion.StableDiffusionPrior.load(home, 'a mug', device='cpu')
+
+def test_weights_in_several_files(tmp_path):
+    "Sharded folders, as large models are published, give what the whole ones give; one that lacks a file does not load"
+    from diffusers import UNet2DConditionModel
+    home = stable_diffusion.tiny_random(tmp_path)
+    wanted = stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
+    (home/'unet'/'diffusion_pytorch_model.safetensors').unlink()
+    wanted.save_pretrained(home/'unet', max_shard_size='100KB')
+    shards = sorted((home/'unet').glob('*-of-*.safetensors'))
+    assert len(shards) > 2 and stable_diffusion.find_folder(home) == home
+    found = stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
+    torch.testing.assert_close(found.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    shards[1].unlink()
+    with pytest.raises(UserError, match='could not be read'): stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
+
+RACE = '''
+import os, sys, time
+from pathlib import Path
+from magic123 import weights
+from magic123.zero123 import ZERO123_PARTS
+here, really = Path(sys.argv[1]), {name: getattr(weights, name) for name in ('convert', '_make_safe')}
+def counted(name):
+    def work(*args):
+        (here/f'{name}.{os.getpid()}').touch()
+        time.sleep(1)
+        really[name](*args)
+    return work
+for name in really: setattr(weights, name, counted(name))
+(here/f'ready.{os.getpid()}').touch()
+while len(list(here.glob('ready.*'))) < 2: time.sleep(.01)
+for source in ('105000.ckpt', 'pickled'): print(weights.bring(here/source, ZERO123_PARTS))
+'''
+
+def test_two_processes_convert_once(tmp_path):
+    "Started together, one converts and the other waits; both get the same folder"
+    weights.tiny_checkpoint(tmp_path/'105000.ckpt', 'zero123')
+    pickled(zero123.tiny_random(tmp_path)).rename(tmp_path/'pickled')
+    env = os.environ | dict(MAGIC123_WEIGHTS=str(tmp_path/'home'))
+    both = [subprocess.Popen([sys.executable, '-c', RACE, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=280)[0].split() for process in both]
+    assert said[0] == said[1] and len(said[0]) == 2 and all(Path(folder).is_dir() for folder in said[0])
+    assert len(list(tmp_path.glob('convert.*'))) == len(list(tmp_path.glob('_make_safe.*'))) == 1
 
 # memory
 
