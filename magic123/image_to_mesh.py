@@ -277,7 +277,7 @@ def write_files(
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
     return mesh, time.perf_counter() - began
 
-def _perceptual(job, mesh, reference, say): # 'lpips' and 'clip', as far as their weights are here; a note on what is missing
+def _perceptual(job, mesh, reference, say): # 'lpips' and 'clip', as far as their weights are here, and the official script's three; a note on what is missing
     from magic123.perceptual import evaluate_perceptual, find_judges
     missing = []
     judges = find_judges(job.device, say=missing.append)
@@ -285,7 +285,7 @@ def _perceptual(job, mesh, reference, say): # 'lpips' and 'clip', as far as thei
     if missing:
         job.notes = list(dict.fromkeys([*job.notes, *missing]))
         job.save()
-    return {k: v for k, v in evaluate_perceptual(mesh, reference, judges).items() if k in ('lpips', 'clip')} if any(judges) else {}
+    return {k: v for k, v in evaluate_perceptual(mesh, reference, judges).items() if k != 'psnr'}
 
 def write_metrics(
     job: Job,

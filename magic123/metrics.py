@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['psnr', 'ssim', 'mask_iou', 'depth_error', 'surface_points', 'to_unit_box', 'chamfer', 'fscore', 'grid_points',
-           'inside_mesh', 'volume_iou', 'evaluate_geometry', 'device_of', 'evaluate_reference', 'surface_of',
-           'evaluate_held_out']
+           'inside_mesh', 'volume_iou', 'syncdreamer_cameras', 'visible_points', 'syncdreamer_metrics', 'true_surface',
+           'evaluate_geometry', 'device_of', 'evaluate_reference', 'surface_of', 'evaluate_held_out']
 
 # %% ../nbs/60_metrics.ipynb #5a8b989f
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera, held_out_cameras
 from .preprocess import Reference
+from .raster import rasterize
 from .shading import Scene, View
 from .toybox import Toy
 
@@ -23,7 +24,8 @@ def psnr(
     target: Tensor, # The same shape
 ) -> float: # dB; infinite for equal pictures
     "Peak signal-to-noise ratio"
-    return -10*(image - target).double().square().mean().log10().item()
+    from torchmetrics.functional.image import peak_signal_noise_ratio # takes two seconds to import
+    return peak_signal_noise_ratio(image.double(), target.double(), data_range=1.).item()
 
 # %% ../nbs/60_metrics.ipynb #3cc0c916
 def ssim(
@@ -31,9 +33,10 @@ def ssim(
     target: Tensor, # (H,W,3)
 ) -> float: # At most 1
     "Structural similarity (Wang et al. 2004), the mean over colours"
-    from skimage.metrics import structural_similarity
-    a, b = (o.detach().cpu().numpy() for o in (image, target))
-    return float(structural_similarity(a, b, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+    from torchmetrics.functional.image import structural_similarity_index_measure
+    a, b = (o.detach().movedim(-1, 0)[None] for o in (image, target))
+    index = structural_similarity_index_measure(a, b, data_range=1., return_full_image=True)[1]
+    return index[..., 5:-5, 5:-5].mean().item() # a window reaches 5 pixels
 
 # %% ../nbs/60_metrics.ipynb #2fb77d7a
 def mask_iou(
@@ -151,6 +154,41 @@ def volume_iou(
     "Share of two volumes that they have in common"
     return ((inside & truth).sum()/(inside | truth).sum().clamp(min=1)).item()
 
+# %% ../nbs/60_metrics.ipynb #1a816180
+def syncdreamer_cameras() -> list[Camera]: # 16 at 256 pixels
+    "Where SyncDreamer looks from"
+    return [Camera.orbit(60., 22.5*i, 1.5, 49.13, 256) for i in range(16)]
+
+def visible_points(
+    vertices: Tensor, # (V,3)
+    faces: Tensor, # (F,3) long
+    cameras: list[Camera] | None = None, # `syncdreamer_cameras` if None
+    voxel: float = .01, # Side of the cubes that keep one point each; their mean
+) -> Tensor: # (N,3), on the CPU
+    "The part of a surface that somebody sees, evenly thinned"
+    found = []
+    for camera in cameras or syncdreamer_cameras():
+        seen = rasterize(camera.to(vertices.device), vertices, faces)
+        corners = vertices[faces[seen.ids.view(-1)[seen.pixels]]]
+        found.append((corners*seen.weights.T[..., None]).sum(1))
+    points = torch.cat(found).cpu()
+    _, cube, count = ((points - points.amin(0))/voxel).floor().long().unique(dim=0, return_inverse=True, return_counts=True)
+    return torch.zeros(len(count), 3).index_add(0, cube, points)/count[:, None]
+
+def _sensed(vertices, faces): return visible_points(vertices, faces), inside_mesh(vertices, faces, -torch.ones(3), 2., 64)
+def _compared(shape, truth): return dict(chamfer=chamfer(shape[0], truth[0]), volume_iou=volume_iou(shape[1], truth[1]))
+
+def syncdreamer_metrics(
+    vertices: Tensor, # The prediction's: (V,3)
+    faces: Tensor, # (F,3) long
+    true_vertices: Tensor, # (U,3)
+    true_faces: Tensor, # (G,3) long
+) -> dict[str, float]: # 'chamfer', 'volume_iou'
+    "How a shape compares with the truth by SyncDreamer's protocol"
+    if not len(faces): return dict(chamfer=float('nan'), volume_iou=0.)
+    truth, shape = to_unit_box(true_vertices.detach().cpu(), vertices.detach().cpu())
+    return _compared(_sensed(shape, faces.cpu()), _sensed(truth, true_faces.cpu()))
+
 # %% ../nbs/60_metrics.ipynb #5b84bdcc
 _truths = {}
 
@@ -160,23 +198,32 @@ def _remembered(toy, what, make):
     if what not in _truths: _truths[what] = make()
     return _truths[what]
 
+def true_surface(
+    toy: Toy, # The truth
+    n: int = 128, # Cells along each side of the grid that finds it
+) -> tuple[Tensor, Tensor]: # Vertices and faces
+    "A toy's own mesh"
+    return _remembered(toy, n, lambda: toy.mesh(n))
+
 def evaluate_geometry(
     vertices: Tensor, # (V,3)
     faces: Tensor, # (F,3) long
     toy: Toy, # The truth
     n: int = 64, # Points along each side of the grid
-) -> dict[str, float]: # 'chamfer', 'fscore', 'volume_iou'
+) -> dict[str, float]: # 'chamfer', 'fscore', 'volume_iou', and the two of `syncdreamer_metrics`
     "How a mesh compares with the toy it should be"
-    true_vertices, true_faces = _remembered(toy, n, lambda: toy.mesh(2*n))
+    true_vertices, true_faces = true_surface(toy, 2*n)
     vertices, faces = vertices.detach().cpu(), faces.cpu()
-    if not len(faces): return dict(chamfer=float('nan'), fscore=0., volume_iou=0.)
+    if not len(faces): return dict(chamfer=float('nan'), fscore=0., volume_iou=0., syncdreamer_chamfer=float('nan'), syncdreamer_volume_iou=0.)
+    true_box, box = to_unit_box(true_vertices, vertices)
+    theirs = _compared(_sensed(box, faces), _remembered(toy, f'{n} sensed', lambda: _sensed(true_box, true_faces)))
     a, b = surface_points(vertices, faces), surface_points(true_vertices, true_faces, seed=1)
     _, a, b = to_unit_box(true_vertices, a, b)
     both = torch.cat([vertices, true_vertices])
     side = 1.02*(both.amax(0) - both.amin(0)).max().item()
     low = (both.amax(0) + both.amin(0))/2 - side/2
     truth = toy.sdf(grid_points(low, side, n).view(-1, 3)).view(n, n, n).cpu() < 0
-    return dict(chamfer=chamfer(a, b), fscore=fscore(a, b), volume_iou=volume_iou(inside_mesh(vertices, faces, low, side, n), truth))
+    return dict(chamfer=chamfer(a, b), fscore=fscore(a, b), volume_iou=volume_iou(inside_mesh(vertices, faces, low, side, n), truth)) | {f'syncdreamer_{k}': v for k, v in theirs.items()}
 
 # %% ../nbs/60_metrics.ipynb #b41a5cca
 def device_of(

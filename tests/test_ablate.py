@@ -1,5 +1,5 @@
 "A batch of experiments: whatever happens to its runs, its workers or its user, the table is right"
-import json, os, signal, stat, subprocess, sys, time
+import json, os, signal, stat, subprocess, sys, threading, time
 from pathlib import Path
 import nbformat
 import numpy as np
@@ -85,7 +85,10 @@ def gone(pid): return not psutil.pid_exists(pid) or psutil.Process(pid).status()
     'there is no setting coarse.stps: did you mean coarse.steps?': dict(notebook='70_reconstruct', vary={'coarse.stps': [3]}),
     'coarse.steps is 0; it must be at least 1': dict(notebook='reconstruct', recipes={'none': {'coarse.steps': 0}}),
     "There is no recipe called 'fast'": dict(notebook='reconstruct', recipes=['fast']),
-    'No picture matches': dict(notebook='reconstruct', objects=['nowhere/*.png'])}.items())
+    'No picture matches nowhere': dict(notebook='reconstruct', objects=['nowhere/*.png']),
+    'No picture matches nofile.png': dict(notebook='reconstruct', objects=['nofile.png']),
+    "no toy family 'mugg'": dict(notebook='reconstruct', objects=['toybox:mugg:3']),
+    "'' is not a seed": dict(notebook='two_opinions', vary={'objects': [['toybox:mug']]})}.items())
 def test_mistyped(words, what, grid, shell, tmp_path):
     code, said = shell(grid(**what), '--out', tmp_path/'out')
     assert code == 2 and words in said and not (tmp_path/'out').exists()
@@ -99,6 +102,14 @@ def test_bad_places(grid, shell, tmp_path, monkeypatch):
         for where, words in {'moon': "There is no cluster 'moon'", 'gpus': 'no GPU here', f'slurm:{tmp_path}/none.yaml': 'Could not read', '127.0.0.1:9': 'No Dask scheduler answers'}.items():
             code, said = shell(*argv, where)
             assert code == 2 and words in said, said
+    for options, words in {'local --workers -3': '--workers is -3', 'local --workers 0': 'must be at least 1', 'gpus --workers -1': '--workers is -1', 'gpus --gpu-memory -2': '--gpu-memory is -2',
+            'local --gpu-memory 20': 'Add `--cluster gpus`', '127.0.0.1:9 --workers 2': 'has workers of its own', f'slurm:{tmp_path}/bad.yaml --workers 2': 'Say `jobs` in the SLURM file'}.items():
+        code, said = shell(*argv, *options.split())
+        assert code == 2 and words in said and not list((tmp_path/'out').glob('*/run.json')), said
+    for text, words in {'- cores': 'does not describe SLURM jobs', 'lots of cores': 'does not describe SLURM jobs', 'cores: eight': "cores is 'eight'", 'processes: 0': 'processes is 0', 'jobs: two': "jobs is 'two'"}.items():
+        (tmp_path/'worse.yaml').write_text(text)
+        code, said = shell(*argv, f'slurm:{tmp_path}/worse.yaml')
+        assert code == 2 and words in said, said
     monkeypatch.setitem(sys.modules, 'dask_jobqueue', None)
     assert 'pip install dask-jobqueue' in shell(*argv, f'slurm:{tmp_path}/bad.yaml')[1]
 
@@ -108,6 +119,21 @@ def test_python_and_yaml_agree(grid, tmp_path):
     path.write_text(path.read_text() + 'vary: {number: [1., 1e-3]}')
     names = [[r.folder.name for r in expand(p, tmp_path)] for p in (path, tmp_path/'grid.py')]
     assert names[0] == names[1] and len(set(names[0])) == 2
+
+def test_paths_mean_the_same_from_the_notebooks_folder(tmp_path, monkeypatch):
+    from test_cli import disc
+    (tmp_path/'photos').mkdir()
+    disc().save(tmp_path/'photos'/'disc.png')
+    disc().convert('L').save(tmp_path/'far.png')
+    (tmp_path/'own.json').write_text(json.dumps(MINIATURE | dict(photo=dict(mask='photos/disc.png'))))
+    what = dict(notebook='70_reconstruct', recipes=['own.json'], parameters=dict(image='photos/disc.png'), settings={'photo.depth': 'far.png'})
+    def one(): return expand(what, 'out')[0]
+    monkeypatch.chdir(tmp_path)
+    run = one()
+    assert run.parameters['image'] == str(tmp_path/'photos'/'disc.png') and run.parameters['recipe'] == str(tmp_path/'own.json')
+    assert run.parameters['settings'] == {'photo.mask': str(tmp_path/'photos'/'disc.png'), 'photo.depth': str(tmp_path/'far.png')}
+    disc().rotate(90).convert('L').save(tmp_path/'photos'/'depth.png')
+    assert one().folder != run.folder, 'its depth counts, too'
 
 # what becomes of it
 
@@ -131,6 +157,21 @@ def test_failures_deaths_and_cache(grid, shell, tmp_path):
     assert sum(p.stat().st_mtime_ns == t for p, t in stamps.items()) == 2
     csv = pandas.read_csv(out/'table.csv')
     assert list(csv.doubled) == [6, 6, 6] and list(csv.columns) == list(table().reset_index().columns)
+
+def test_fresh_needs_somebody_to_do_it(grid, shell, tmp_path):
+    argv = grid(vary=dict(number=[1])), '--out', tmp_path/'out'
+    assert shell(*argv)[0] == 0
+    assert shell(*argv, '--fresh', '--workers', '-3')[0] == 2 and len(list((tmp_path/'out').glob('*/metrics.json'))) == 1
+
+def test_lost_numbers_are_computed_again(grid, shell, tmp_path):
+    argv = grid(vary=dict(number=[1, 2, 3])), '--out', tmp_path/'out'
+    assert shell(*argv)[0] == 0
+    one, two, three = sorted((tmp_path/'out').glob('number=*'))
+    (one/'metrics.json').unlink()
+    (two/'run.json').write_text('')
+    (three/'metrics.json').write_text('{')
+    assert shell(*argv)[0] == 0
+    assert list(pandas.read_csv(tmp_path/'out'/'table.csv').doubled) == [2, 4, 6]
 
 def test_ctrl_c_keeps_what_is_done(grid, shell, tmp_path):
     out = tmp_path/'out'
@@ -191,9 +232,35 @@ def test_a_worker_for_each_gpu(machine, tmp_path, monkeypatch):
 
 def test_somebody_elses_scheduler(machine, tmp_path):
     from distributed import LocalCluster
+    class Board:
+        running = []
+        def say(self, text): pass
+        def show(self, total, done, running, failed, seconds): self.running.append(running)
+        def ended(self, run, record, words): pass
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp', dashboard_address=None) as cluster:
-        table = run_grid(dict(notebook=str(machine), parameters=dict(does='meet'), vary=dict(number=(1., 2.))), tmp_path/'out', cluster.scheduler_address)
-    assert list(table.doubled) == [2, 4]
+        table = run_grid(dict(notebook=str(machine), parameters=dict(does='meet'), vary=dict(number=(1., 2.))), tmp_path/'out', cluster.scheduler_address, board=Board())
+    assert list(table.doubled) == [2, 4] and Board.running[0] == 2, 'each of its threads does a run'
+
+def test_scheduler_that_dies(grid, shell, tmp_path):
+    code = f"""
+import time
+from distributed import LocalCluster
+with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp', dashboard_address=None) as cluster:
+    open({str(tmp_path/'address')!r}, 'w').write(cluster.scheduler_address)
+    time.sleep(600)"""
+    scheduler = subprocess.Popen([sys.executable, '-c', code])
+    until(lambda: (tmp_path/'address').is_file() and (tmp_path/'address').read_text(), scheduler)
+    out = tmp_path/'out'
+    def kill():
+        until(lambda: list(out.glob('*/kernel')), scheduler)
+        scheduler.kill()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code, said = shell(grid(vary=dict(does=['wait'], number=[1, 2, 3])), '--out', out, '--cluster', (tmp_path/'address').read_text())
+    killer.join()
+    (out/'go').write_text('')
+    assert code == 2 and 'The Dask scheduler is gone' in said, said
+    assert set(pandas.read_csv(out/'table.csv').status) <= {'waiting', 'running'}
 
 def test_jobs_of_slurm(machine, tmp_path, monkeypatch):
     "`sbatch` stands for a cluster with one node, which is this one"
@@ -241,13 +308,23 @@ def test_workers_that_fail_are_not_kept_quiet(tmp_path, capfd):
     work_together(2, argv, until=time.time() - 20) # out of time at once: being killed is no failure
 
 def test_shipped_grids_expand():
-    from magic123.experiment import _pages, jobs
-    from magic123.show import UserError
-    for path in (_pages()/'grids').glob('*.yaml'):
-        what = yaml.safe_load(path.read_text())
-        if any('*' in o for o in what.get('objects', [])): continue
-        if what.get('notebook', '70_reconstruct') != '70_reconstruct':
-            with pytest.raises(UserError, match='a job can only reconstruct: it cannot carry'): jobs(path)
-            continue
+    from magic123.experiment import _pages, jobs, read_grid, take
+    for path in sorted((_pages()/'grids').glob('*.yaml')):
+        grid = read_grid(path)
+        if any('*' in o for o in grid.objects): continue
         made = jobs(path)
-        assert len(made) > 1 and all(j['image'].startswith('toybox:') for j in made), path
+        assert len(made) > 1 and set(grid.seeds) == {j['recipe']['seed'] if 'recipe' in j else j['parameters']['seed'] for j in made}, path
+        assert len(grid.seeds) == 3 and len(grid.objects) > 1, path
+
+def test_a_page_is_a_job_and_its_table_is_kept(grid, shell, tmp_path, monkeypatch):
+    from magic123.experiment import jobs, load_results, take
+    from magic123.experiment import main as rows
+    path = grid(vary=dict(number=[1, 2]))
+    made = jobs(path)
+    assert [take(j)['doubled'] for j in made] == [2, 4]
+    assert shell(path, '--out', tmp_path/'out')[0] == 0
+    (tmp_path/'data').mkdir()
+    monkeypatch.setenv('MAGIC123_DATA', str(tmp_path/'data'))
+    rows(['keep', 'numbers', str(tmp_path/'out'/'table.parquet'), '--about', 'gpu=none'])
+    found = load_results('numbers')
+    assert list(found.table.doubled) == [2, 4] and found.about['runs'] == 2 and found.about['failed'] == 0
