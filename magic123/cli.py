@@ -117,6 +117,7 @@ def make_run(
         recipe: str = recipe.name,
         out: str | None = None,
         overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+        no_compile: tyro.conf.FlagCreatePairsOff[bool] = False,
     ):
         """Make a textured mesh from a photo.
 
@@ -126,9 +127,10 @@ def make_run(
             recipe: quick (embedded priors, minutes on a CPU), paper, official, or a JSON file
             out: The run's folder; runs/NAME-RECIPE if not given
             overwrite: Remove an older run there
+            no_compile: Ask the priors as they are, nothing recorded or compiled; the same as --priors.speed plain
         """
         given = chosen_recipe(['--recipe', recipe])
-        given = given.replace(changed(given, settings), 'command line')
+        given = given.replace(changed(given, settings) | ({'priors.speed': 'plain'} if no_compile else {}), 'command line')
         from magic123.image_to_mesh import reconstruct
         with Watch(shell_console(quiet=not first())) as watch: _show(reconstruct(image, out, given, overwrite, watch.say, watch.on_step), watch)
     return run
@@ -266,8 +268,10 @@ def findings() -> list[tuple[str, bool | None, str]]: # What; works, or None if 
     for module, gain in (('numba', 'fast on a CPU'), ('triton', 'fast on a GPU'), ('tinycudann', 'optional'), ('nvdiffrast.torch', 'optional, licence for research'), ('kaolin', 'optional')):
         works, said = probe(module)
         rows.append((module, works or None, f'{said} ({gain})'))
-    from magic123.hashgrid import backend_report
-    rows.append(('backends', True, '; '.join(f'{name}: {said}' for name, said in backend_report().items())))
+    from .hashgrid import backend_report
+    from .raster import zbuffer_report
+    for what, report in (('--nerf.backend', backend_report()), ('--dmtet.backend', zbuffer_report())):
+        rows.append((what, True, '; '.join(f'{name}: {said}' for name, said in report.items())))
     for name, part, parts in (('2D prior', 'stable_diffusion', None), ('3D prior', 'zero123', ZERO123_PARTS)):
         try: rows.append((f'tiny {name}', True, str(find_folder(prior_folder('tiny', part), *([parts] if parts else [])))))
         except UserError as e: rows.append((f'tiny {name}', False, f'{e.message}. It comes with the repository: clone it again, or point MAGIC123_DATA to its data folder'))

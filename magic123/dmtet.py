@@ -28,9 +28,10 @@ class DMTet(nn.Module):
         lower: tuple[float, float, float] = (-1., -1., -1.), # The box that the lattice fills
         upper: tuple[float, float, float] = (1., 1., 1.),
         lr: float = 1e-3, # Learning rate of signed distances and displacements (paper 3.2)
+        backend: str = 'auto', # Who finds the triangle at each pixel, as for `pick_zbuffer`
     ):
         super().__init__()
-        self.field, self.lr = field, lr
+        self.field, self.lr, self.backend = field, lr, backend
         self.register_buffer('box', torch.tensor([lower, upper]))
         self.register_buffer('resolution', torch.tensor(resolution))
         self._fill_box()
@@ -76,7 +77,7 @@ class DMTet(nn.Module):
     ) -> View:
         "What `camera` sees"
         vertices, faces, edges = self._surface()
-        seen = rasterize(camera, vertices, faces)
+        seen = rasterize(camera, vertices, faces, backend=self.backend)
         needed = normals or shading.needs_normals
         normal = F.normalize(interpolate(seen, vertex_normals(vertices, faces)), dim=1) if needed else None
         albedo = self._albedo(vertices, seen) if shading.mode in ('albedo', 'lambertian') else None
@@ -201,6 +202,7 @@ def from_nerf(cls: DMTet,
     mean_threshold: bool = True, # Nor from more than the mean density (official code)
     carve: float | None = None, # Cut to the visual hull of `photo`, and this many lattice cells outside it
     photo=None, # Has `mask` (H,W,1) and `camera`; `carve` needs it
+    backend: str = 'auto', # Who finds the triangle at each pixel, as for `pick_zbuffer`
 ) -> DMTet:
     "The surface of a NeRF"
     device = next(nerf.parameters()).device
@@ -213,7 +215,7 @@ def from_nerf(cls: DMTet,
     inside, outside = (torch.from_numpy(o).to(device).reshape(-1) for o in zones)
     object = points[dense & ~outside]
     lower, upper = (object.amin(0) - margin).clamp(min=-1), (object.amax(0) + margin).clamp(max=1)
-    scene = cls(nerf.field, resolution, tuple(lower.tolist()), tuple(upper.tolist())).to(device)
+    scene = cls(nerf.field, resolution, tuple(lower.tolist()), tuple(upper.tolist()), backend=backend).to(device)
     x = scene.vertices.clamp(-1, 1)
     level = density_at(nerf.field, x).clamp(min=1e-20).log() - math.log(threshold)
     cell = (((x + 1)/2*samples).long().clamp(max=samples-1)*torch.tensor([samples**2, samples, 1], device=device)).sum(-1)

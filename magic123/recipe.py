@@ -176,6 +176,7 @@ class NeRFSettings(Settings):
     occupancy_interval: int = setting(16, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Steps between its updates', ge=1, le=10000)
     normals: Literal['density', 'depth'] = setting('depth', 'paper 2.1.1: finite differences of the depth', 'Where normals come from')
     normal_eps: float = setting(1e-2, 'official code (nerf/renderer.py, nerf/network_grid.py)', 'Step of the finite differences for normals', gt=0, le=.5)
+    backend: Literal['auto', 'torch', 'numba', 'triton', 'tinycudann'] = setting('auto', 'ours: see 20_hashgrid; the official code has a kernel of its own', 'Who looks up the hash grid: the fastest that needs no compiler, or the one that is named')
 
     @field_validator('finest')
     @classmethod
@@ -191,6 +192,7 @@ class DMTetSettings(Settings):
     margin: float = setting(.1, 'official code (nerf/renderer.py)', 'Room around the object', ge=0, le=1)
     samples: int = setting(128, 'official code (nerf/renderer.py): its occupancy grid', 'Points along an edge of the grid that looks for the object', ge=8, le=512)
     carve: float | None = setting(None, 'paper and official code: not done', 'Cut the first surface to the visual hull of the photo\'s mask, and this many lattice cells outside it', ge=0, le=10)
+    backend: Literal['auto', 'torch', 'numba', 'triton', 'nvdiffrast'] = setting('auto', 'ours: see 31_raster; the official code takes nvdiffrast', 'Who finds the triangle at each pixel: the fastest that needs no compiler, or the one that is named')
 
 class ExportSettings(Settings):
     "What is written at the end"

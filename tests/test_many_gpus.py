@@ -72,3 +72,16 @@ def test_killed_with_two_and_continued_with_one(one, recipe, tmp_path):
 def test_mistakes_are_told_once(tmp_path, recipe):
     said = finish(start(2, 'run', tmp_path/'none.png', '--recipe', recipe, '--out', tmp_path/'run'), 1)
     assert said.count('There is no file') == 1 and not (tmp_path/'run').exists()
+
+def test_each_process_takes_a_gpu_of_its_own(tmp_path, monkeypatch):
+    "Also if the user has named one: `--device cuda:0` is not the same GPU for everybody"
+    import torch
+    from magic123.image_to_mesh import Job
+    from magic123.recipe import Recipe
+    asked, job = [], Job(tmp_path, Recipe.preset('quick').replace({'device': 'cuda:0'}), 'toybox:mug:1')
+    monkeypatch.setattr(torch, 'zeros', lambda *_, device: asked.append(torch.device(device)) or torch.empty(0, device='meta'))
+    monkeypatch.setattr('torch.distributed.is_initialized', lambda: True)
+    for rank in (0, 3):
+        monkeypatch.setenv('LOCAL_RANK', str(rank))
+        job.device
+    assert asked == [torch.device('cuda', 0), torch.device('cuda', 3)]
