@@ -174,8 +174,10 @@ def _film(path, size, fps, said): # A process that eats frames
     import imageio_ffmpeg
     raw = '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', '{}x{}'.format(*size), '-r', str(fps), '-i', '-'
     h264 = '-an', '-c:v', 'libx264', '-pix_fmt', 'yuv420p', '-crf', '18', '-movflags', '+faststart'
-    argv = [imageio_ffmpeg.get_ffmpeg_exe(), '-y', '-v', 'error', *raw, *h264, str(path)]
-    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+    try:
+        argv = [imageio_ffmpeg.get_ffmpeg_exe(), '-y', '-v', 'error', *raw, *h264, str(path)]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+    except (RuntimeError, OSError) as e: raise UserError(f'There is no ffmpeg to write {path} with: {e}', 'pip install "imageio[ffmpeg]", or name one in IMAGEIO_FFMPEG_EXE') from e
 
 def _check_film(process, said): # Once it has ended
     if code := process.returncode:

@@ -32,7 +32,7 @@ def load_learned_embeds(
 ) -> dict[str, Tensor]: # Token to vector (C,), float32; a word of several vectors as `<e>`, `<e>_1`, ...
     "Read learned words, running nothing"
     path = Path(path)
-    if not path.is_file(): raise UserError(f'There is no file {path}', 'Give a learned_embeds file, or learn the word with `invert`')
+    if not path.is_file(): raise UserError(f'There is no file {path}', 'Give a learned_embeds file, or learn a word with `magic123 learn`')
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
