@@ -687,7 +687,7 @@ def _reconstructed(job, folder, picture):
 def _no_displays(): # what pages import for showing things, where there is no IPython
     made = types.ModuleType('IPython.display')
     made.display = made.Markdown = made.Image = lambda *args, **kwargs: None
-    return {} if importlib.util.find_spec('IPython') else {'IPython': types.ModuleType('IPython'), 'IPython.display': made}
+    return {} if importlib.util.find_spec('IPython') else {'IPython.display': made}
 
 def _executed(job, folder, picture): # as papermill would, but in this process and without Jupyter
     import matplotlib.pyplot as plt

@@ -308,7 +308,7 @@ def test_workers_that_fail_are_not_kept_quiet(tmp_path, capfd):
     work_together(2, argv, until=time.time() - 20) # out of time at once: being killed is no failure
 
 def test_shipped_grids_expand():
-    from magic123.experiment import _pages, jobs, read_grid, take
+    from magic123.experiment import _pages, jobs, read_grid
     for path in sorted((_pages()/'grids').glob('*.yaml')):
         grid = read_grid(path)
         if any('*' in o for o in grid.objects): continue
@@ -328,3 +328,12 @@ def test_a_page_is_a_job_and_its_table_is_kept(grid, shell, tmp_path, monkeypatc
     rows(['keep', 'numbers', str(tmp_path/'out'/'table.parquet'), '--about', 'gpu=none'])
     found = load_results('numbers')
     assert list(found.table.doubled) == [2, 4] and found.about['runs'] == 2 and found.about['failed'] == 0
+
+def test_a_page_that_shows_things_is_a_job_where_nothing_can(machine, tmp_path, monkeypatch):
+    from magic123.experiment import jobs, take
+    page = nbformat.read(machine, 4)
+    page.cells.insert(0, nbformat.v4.new_code_cell('from IPython.display import Markdown, display\ndisplay(Markdown("numbers"))'))
+    nbformat.write(page, tmp_path/'page.ipynb')
+    job, = jobs(dict(notebook=str(tmp_path/'page.ipynb'), parameters=dict(number=4.)))
+    for name in ('IPython', 'IPython.display'): monkeypatch.setitem(sys.modules, name, None)
+    assert take(job)['doubled'] == 8
