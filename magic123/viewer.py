@@ -137,7 +137,7 @@ class Orbit(anywidget.AnyWidget):
 @lru_cache(16)
 def _scene(folder, stage, modified):
     job = Job.open(folder)
-    if stage == 'mesh': return load_mesh(job.mesh).to(job.device)
+    if stage == 'mesh': return load_mesh(job.mesh).to(job.near())
     return (final_scene if stage == 'fine' else coarse_scene)(folder)
 
 def _made(folder): # stage -> newest file

@@ -90,6 +90,17 @@ def test_huge_picture_is_read_in_little_memory(tmp_path):
     reference = load_reference(tmp_path/'huge.png', mask='grabcut', depth='none')
     assert max(reference.rgb.shape) <= 2048
 
+# names that are no text, and terminals that cannot write them
+
+@pytest.mark.parametrize('picture, folder', [(b'caf\xe9.png', b'out'), ('größe.png'.encode(), 'größe'.encode())])
+def test_odd_names_on_a_poor_terminal(picture, folder, tmp_path, short):
+    home = os.fsencode(tmp_path)
+    picture, folder = os.path.join(home, picture), os.path.join(home, folder)
+    disc().save(os.fsdecode(picture), 'PNG')
+    argv = [sys.executable, '-m', 'magic123.cli', 'run', picture, '--recipe', short, '--out', folder, '--photo.depth', 'none']
+    done = subprocess.run(argv, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONIOENCODING='ascii'), capture_output=True)
+    assert done.returncode == 0 and os.path.isfile(os.path.join(folder, b'mesh.glb')), done.stderr
+
 # bad recipes
 
 @pytest.mark.parametrize('words, flags', {
@@ -100,7 +111,9 @@ def test_huge_picture_is_read_in_little_memory(tmp_path):
     'novel.polar is (100.0, 50.0); it must be two numbers a <= b': ['--novel.polar', '100', '50'],
     '--coarse.steps': ['--coarse.stps', '3'],
     "invalid literal for int() with base 10: 'many'": ['--coarse.steps', 'many'],
-    "There is no recipe called 'fast'": ['--recipe', 'fast'],
+    "There is no recipe called 'fast'": ['--recipe', 'paper', '--recipe', 'fast'],
+    'nerf.finest is 8; it must be no less than nerf.base, 16': ['--nerf.finest', '8'],
+    'There is no file nowhere.safetensors': ['--prompt.learned-embeds', 'nowhere.safetensors'],
     "The device 'cuda:77' cannot be used": ['--device', 'cuda:77', '--coarse.weight-2d', '0', '--coarse.weight-3d', '0', '--fine.weight-2d', '0', '--fine.weight-3d', '0'],
     'No such folder: ./nowhere': ['--priors.zero123', './nowhere', '--coarse.weight-2d', '0', '--fine.weight-2d', '0']}.items())
 def test_bad_recipe(words, flags, tmp_path, shell):
@@ -112,6 +125,19 @@ def test_unknown_field_in_a_file(tmp_path, shell):
     (tmp_path/'mine.json').write_text('{"coarse": {"stps": 3}}')
     code, said = shell('run', 'toybox:mug:900003', '--recipe', tmp_path/'mine.json', '--out', tmp_path/'out')
     assert code == 2 and 'there is no setting coarse.stps: did you mean coarse.steps?' in said
+
+@pytest.mark.parametrize('text, words', {
+    '{"name": ["x"]}': 'holds no recipe', '{"recipe": 5}': 'holds no recipe', '{"coarse": 5}': 'coarse is 5; it must be a group such as',
+    '{"export": {"formats": "glb"}}': "export.formats is 'glb'; it must be a list such as", '{"seed": {"x": 1}}': 'there is no setting seed.x'}.items())
+def test_recipe_of_the_wrong_shape(text, words, tmp_path, shell):
+    (tmp_path/'mine.json').write_text(text)
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', tmp_path/'mine.json', '--out', tmp_path/'out')
+    assert code == 2 and words in said and not (tmp_path/'out').exists()
+
+def test_the_last_recipe_counts(tmp_path, shell, short):
+    disc().save(tmp_path/'disc.png')
+    assert shell('run', tmp_path/'disc.png', '--recipe', 'paper', '--recipe', short, '--out', tmp_path/'out')[0] == 0
+    assert json.loads((tmp_path/'out'/'recipe.json').read_text())['recipe']['coarse']['steps'] == 3
 
 def test_unknown_toy(tmp_path, shell, short):
     code, said = shell('run', 'toybox:unicorn:3', '--recipe', short, '--out', tmp_path/'out')
@@ -128,13 +154,65 @@ def test_existing_folder(tmp_path, shell, short):
     assert (tmp_path/'out'/'mesh.glb').read_bytes() == before
     assert shell(*run, '--overwrite')[0] == 0
     assert shell('export', tmp_path/'out', '--format', 'obj', 'ply')[0] == 0 and (tmp_path/'out'/'mesh.obj').is_file()
-    assert shell('render', tmp_path/'out', '--views', 2, '--size', 32)[0] == 0
+    assert shell('render', tmp_path/'out', '--views', 2, '--size', 32, '--device', 'cpu')[0] == 0
+    for words in (['render', '--views', 0], ['render', '--views', -3], ['render', '--size', 1], ['export', '--max-faces', 1], ['export', '--texture', 0]):
+        films = (tmp_path/'out'/'turntable.mp4').read_bytes()
+        code, said = shell(words[0], tmp_path/'out', *words[1:])
+        assert code == 2 and 'it must be at least' in said and (tmp_path/'out'/'turntable.mp4').read_bytes() == films
     assert shell('resume', tmp_path/'out')[0] == 0
+    (tmp_path/'out'/'metrics.json').write_text('{}')
+    code, said = shell('resume', tmp_path/'out')
+    assert code == 2 and 'metrics.json is damaged' in said
+    (tmp_path/'out'/'metrics.json').unlink()
+    (tmp_path/'out'/'reference'/'reference.safetensors').write_bytes(b'half')
+    code, said = shell('resume', tmp_path/'out')
+    assert code == 2 and 'reference.safetensors is damaged' in said
+
+def test_here_and_behind_a_link(tmp_path, shell, short, monkeypatch):
+    disc().save(tmp_path/'disc.png')
+    (tmp_path/'here').mkdir()
+    (tmp_path/'link').symlink_to('there')
+    (tmp_path/'there').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    for out in ('.', tmp_path/'link'):
+        for more in ([], ['--overwrite']):
+            code, said = shell('run', tmp_path/'disc.png', '--recipe', short, '--out', out, *more)
+            assert code == 0, said
+    assert all((tmp_path/name/'mesh.glb').is_file() for name in ('here', 'there')) and (tmp_path/'link').is_symlink()
+
+def test_another_scene_in_the_recipe(tmp_path, shell, short):
+    disc().save(tmp_path/'disc.png')
+    assert shell('run', tmp_path/'disc.png', '--recipe', short, '--out', tmp_path/'out')[0] == 0
+    (tmp_path/'out'/'metrics.json').unlink()
+    path = tmp_path/'out'/'recipe.json'
+    path.write_text(path.read_text().replace('"log2_entries": 10', '"log2_entries": 11'))
+    for words in (['resume'], ['export']):
+        code, said = shell(words[0], tmp_path/'out')
+        assert code == 2 and 'of another scene than the recipe describes' in said
+
+def test_no_files_asked_for_no_film_promised(tmp_path, shell, short):
+    disc().save(tmp_path/'disc.png')
+    code, said = shell('run', tmp_path/'disc.png', '--recipe', short, '--out', tmp_path/'out', '--export.formats')
+    assert code == 0 and 'film' not in said and 'GB; pictures and all numbers' in said
+    code, said = shell('run', tmp_path/'disc.png', '--recipe', short, '--out', tmp_path/'other')
+    assert code == 0 and 'GB; a film, pictures and all numbers' in said
+
+def test_skipped_steps_are_in_the_closing_words():
+    from magic123.cli import _in_words
+    from magic123.image_to_mesh import Result
+    m = dict(mesh=dict(faces=9), reference=dict(psnr=20., mask_iou=.9), seconds=dict(coarse=3.), peak_memory_gb=1.)
+    assert 'not finite' not in _in_words(Result(Path('a'), Path('a/mesh.glb'), m | dict(skipped=dict(coarse=0, fine=0))))
+    assert 'in 3 coarse steps' in _in_words(Result(Path('a'), Path('a/mesh.glb'), m | dict(skipped=dict(coarse=3, fine=0))))
 
 def test_folder_with_other_things(tmp_path, shell, short):
     (tmp_path/'thesis.tex').write_text('years of work')
     code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path, '--overwrite')
     assert code == 2 and 'is not a run' in said and (tmp_path/'thesis.tex').exists()
+
+def test_any_recipe_json_is_no_run(tmp_path, shell, short):
+    for name, text in {'recipe.json': '{"cake": 1}', 'precious.txt': 'years of work'}.items(): (tmp_path/name).write_text(text)
+    code, said = shell('run', 'toybox:mug:900003', '--recipe', short, '--out', tmp_path, '--overwrite')
+    assert code == 2 and 'is not a run' in said and (tmp_path/'precious.txt').exists() and (tmp_path/'recipe.json').read_text() == '{"cake": 1}'
 
 def test_file_in_the_way(tmp_path, shell, short):
     (tmp_path/'file').write_text('')
@@ -170,6 +248,19 @@ def test_disk_fills_up_and_the_run_continues(tmp_path, recipe_file):
         a, b = (sorted((tmp_path/name/stage).glob('*.safetensors'))[-1].read_bytes() for name in ('whole', 'out'))
         assert a == b
 
+def test_a_word_is_learned_and_spoken(tmp_path, shell, short, priors):
+    disc().save(tmp_path/'disc.png')
+    (tmp_path/'mine.json').write_text(json.dumps(SHORT | dict(priors=priors, coarse=SHORT['coarse'] | dict(weight_2d=1))))
+    learn = 'learn', tmp_path/'disc.png', '--recipe', tmp_path/'mine.json', '--steps', 2, '--out', tmp_path/'word.safetensors'
+    code, said = shell(*learn)
+    assert code == 0 and f'--prompt.learned-embeds {tmp_path/"word.safetensors"}' in said, said
+    assert shell(*learn)[0] == 2 and shell(*learn, '--overwrite')[0] == 0
+    run = 'run', tmp_path/'disc.png', '--recipe', tmp_path/'mine.json', '--prompt.learned-embeds', tmp_path/'word.safetensors', '--out', tmp_path/'out'
+    code, said = shell(*run)
+    assert code == 0 and 'with the learned token <e>' in said
+    code, said = shell(*run, '--overwrite', '--prompt.text', 'a red toy')
+    assert code == 0 and 'The learned <e> is not used' in said
+
 # an empty volume, and our own mistakes
 
 def test_empty_volume_is_an_error_with_a_way_out(tmp_path, shell, short):
@@ -189,13 +280,13 @@ def test_unexpected_errors_are_named_and_debug_shows_them(tmp_path, shell, short
 # help
 
 def test_help(shell):
-    assert shell('--help')[0] == 0 and all(c in shell('--help')[1] for c in ('run', 'resume', 'render', 'export', 'doctor'))
+    assert shell('--help')[0] == 0 and all(c in shell('--help')[1] for c in ('run', 'resume', 'render', 'export', 'learn', 'doctor'))
     code, said = shell('run', '--help', '--recipe', 'official')
     assert code == 0 and '--coarse.weights.normal-tv' in said and '5000' in said
 
 def test_doctor(shell):
     code, said = shell('doctor')
-    assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'tiny 2D prior', 'full 3D prior', 'magic123 weights fetch'))
+    assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'ffmpeg', 'usd', 'tiny 2D prior', 'full 3D prior', 'magic123 weights fetch'))
 
 def test_python_m():
     done = subprocess.run([sys.executable, '-m', 'magic123.cli', '--help'], capture_output=True, text=True)

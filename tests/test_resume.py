@@ -46,6 +46,28 @@ def test_kill_9_at_three_random_moments(whole, recipe_file, tmp_path):
     steps = [(l['stage'], l['step']) for l in map(json.loads, open(folder/'log.jsonl'))]
     assert steps == [(l['stage'], l['step']) for l in map(json.loads, open(whole/'log.jsonl'))], moments
 
+def test_one_process_a_run(whole, recipe_file, tmp_path):
+    folder = tmp_path/'run'
+    process = start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder))
+    while lines(folder) < 5 and process.poll() is None: time.sleep(.005)
+    process.send_signal(signal.SIGSTOP)
+    second = start('resume', str(folder))
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 2 and 'Another process is working on' in said, said
+    process.send_signal(signal.SIGKILL) # whatever it had locked is free
+    process.communicate(timeout=120)
+    finish(start('resume', str(folder)))
+    same(whole, folder)
+
+def test_a_lost_log_begins_anew(whole, recipe_file, tmp_path):
+    folder = tmp_path/'run'
+    process = start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder))
+    stop_at(process, folder, 10, signal.SIGKILL)
+    (folder/'log.jsonl').unlink()
+    finish(start('resume', str(folder)))
+    same(whole, folder)
+    assert json.loads(open(folder/'log.jsonl').readline())['step'] > 1
+
 def test_ctrl_c_says_how_to_continue(whole, recipe_file, tmp_path):
     folder = tmp_path/'run'
     process = start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder))
