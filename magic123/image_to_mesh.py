@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from .cameras import Camera
 from .dmtet import DMTet
@@ -153,7 +153,7 @@ def kept_reference(
     path = job.folder/'reference'/'reference.safetensors'
     if not path.is_file(): raise UserError(f'{job.folder} has no reference: it was stopped before it began', 'Start again with `magic123 run --overwrite`')
     try:
-        t = load_file(path)
+        t = load(path.read_bytes())
         camera = Camera(t['c2w'], job.recipe.camera.fovy, *t['rgb'].shape[:2])
         return Reference(t['rgb'], t['mask'], t.get('depth'), camera, t['rgba'].numpy(), list(job.notes))
     except (OSError, SafetensorError, KeyError) as e: raise UserError(f'{path} is damaged: {e}', 'Start again with `magic123 run --overwrite`') from e
@@ -548,7 +548,7 @@ def coarse_scene(
 ) -> NeRF:
     "The coarse scene as it was left"
     job = Job.open(folder)
-    return load_scene(make_nerf(job.recipe), job.folder/'coarse').to(job.near(device))
+    return load_scene(make_nerf(job.recipe.replace({'nerf.backend': 'auto'})), job.folder/'coarse').to(job.near(device))
 
 def evaluate_coarse(
     folder: str | Path, # A run whose coarse stage has ended
@@ -567,7 +567,7 @@ def final_scene(
 ) -> DMTet:
     "The fine scene as it was left"
     job = Job.open(folder)
-    dmtet = DMTet(make_nerf(job.recipe).field, job.recipe.dmtet.resolution)
+    dmtet = DMTet(make_nerf(job.recipe.replace({'nerf.backend': 'auto'})).field, job.recipe.dmtet.resolution)
     return load_scene(dmtet, job.folder/'fine').to(job.near(device))
 
 def film(

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from .cameras import Camera, sample_novel_camera
 from .joint_prior import side_by_side
@@ -148,7 +148,7 @@ def load_checkpoint(
     for path in found:
         try:
             progress = Progress(**json.loads(path.read_text()))
-            with safe_open(path.with_suffix('.safetensors'), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, progress
+            return load(path.with_suffix('.safetensors').read_bytes()), progress # safetensors itself opens no file whose name is not text
         except (OSError, ValueError, TypeError, SafetensorError): continue
     if found: raise UserError(f'No checkpoint in {folder} can be read', 'Remove that folder to begin this stage again')
 

@@ -35,8 +35,8 @@ def load_learned_embeds(
     if not path.is_file(): raise UserError(f'There is no file {path}', 'Give a learned_embeds file, or learn a word with `magic123 learn`')
     try:
         if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            found = load_file(path)
+            from safetensors.torch import load
+            found = load(path.read_bytes())
         else:
             with torch.serialization.safe_globals([torch.nn.ParameterDict]): found = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
@@ -53,8 +53,8 @@ def save_learned_embeds(
     embeds: dict[str, Tensor], # Token to vector
 ) -> None:
     "Write learned words, whole or not at all"
-    from safetensors.torch import save_file
-    with atomic_write(path) as tmp: save_file({token: v.detach().cpu().contiguous() for token, v in embeds.items()}, tmp)
+    from safetensors.torch import save
+    with atomic_write(path) as tmp: tmp.write_bytes(save({token: v.detach().cpu().contiguous() for token, v in embeds.items()}))
 
 # %% ../nbs/42_textual_inversion.ipynb #e3561f9b
 def augment(
