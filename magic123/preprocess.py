@@ -6,7 +6,7 @@
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'MASKS', 'SURE', 'SHAPES', 'DEPTHS', 'MIN_OBJECT', 'open_image', 'read_image', 'area_resize',
            'grabcut_mask', 'local_rembg_model', 'local_mask_model', 'network_mask', 'find_mask', 'Reference',
            'reference_from_toy', 'bounding_box', 'square_window', 'take_window', 'read_depth', 'sibling_depth',
-           'local_depth_model', 'estimate_depth', 'load_reference']
+           'local_depth_model', 'depth_inside', 'estimate_depth', 'load_reference']
 
 # %% ../nbs/10_preprocess.ipynb #a6110d4d
 import io, os, warnings
@@ -431,6 +431,14 @@ def _network_input(rgb, folder, config):
     mean, std = (torch.tensor(known.get(k) or [.5]*3, device=rgb.device) for k in ('image_mean', 'image_std'))
     return ((area_resize(rgb, size['height'], size.get('width')) - mean)/std).permute(2, 0, 1)[None]
 
+def depth_inside(
+    answer: Tensor, # (H,H,1), larger is farther, in any scale
+    on: Tensor, # Bool (H,H,1): the object
+) -> Tensor: # (H,H,1) in [0,1], 1 outside the object
+    "Depth from 0 to 1"
+    lo, hi = answer[on].min(), answer[on].max()
+    return torch.where(on, (answer - lo)/(hi - lo).clamp(min=1e-8), 1.).clamp(0, 1)
+
 @torch.no_grad()
 def estimate_depth(
     rgb: Tensor, # (H,H,3) in [0,1], on white
@@ -448,9 +456,7 @@ def estimate_depth(
     answer = network(seen).predicted_depth[0, ..., None]
     answer = area_resize(answer, *rgb.shape[:2])
     if getattr(network.config, 'depth_estimation_type', 'relative') != 'metric': answer = -answer
-    on = mask > .5
-    lo, hi = answer[on].min(), answer[on].max()
-    return torch.where(on, (answer - lo)/(hi - lo).clamp(min=1e-8), 1.).clamp(0, 1)
+    return depth_inside(answer, mask > .5)
 
 # %% ../nbs/10_preprocess.ipynb #fd1acdf1
 DEPTHS = 'auto', 'sibling', 'dpt', 'tiny', 'none'
@@ -480,8 +486,10 @@ def _estimated_depth(depth, rgb, mask, notes):
     if kind == 'none': return notes.append('Depth: none, as asked')
     for name in ('dpt', 'tiny') if kind == 'auto' else (kind,):
         if found := folder or local_depth_model(name):
-            notes.append(f'Depth: estimated by {"the tiny network that comes with the book" if name == "tiny" else found}')
-            return estimate_depth(rgb, mask, found)
+            notes.append(f'Depth: estimated by {"the embedded 2D prior" if name == "tiny" else found}')
+            if name != 'tiny': return estimate_depth(rgb, mask, found)
+            from magic123.photo_networks import photo_depth # it comes later in the book
+            return photo_depth(rgb, mask, found)
     if kind == 'auto': return notes.append('Depth: none; there is no depth picture and no network on this disk')
     raise UserError(f'The depth network "{kind}" is not on this disk',
         'Use the depth "auto", or download Intel/dpt-large and give its folder as "dpt:FOLDER"')

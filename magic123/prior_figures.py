@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .cameras import held_out_cameras, stack_c2w
-from .photo_networks import answers, load_network, nearness, pearson, surface_depth
+from .photo_networks import load_reader, pearson, surface_depth
 from .preprocess import reference_from_toy
 from .show import UserError, atomic_write, data_folder, default_device, save_png, spent_ms, to_uint8
 from .tiny_priors import (SIDES, VALIDATION_SEED, Job, Trainee, World, evaluate_vae, fit, load_priors, make_world,
@@ -459,7 +459,7 @@ def measure_priors(
     worlds = {k: w.to(device) for k, w in worlds.items()} # after the last fork
     models = load_priors(folder, device, torch.bfloat16 if device.type == 'cuda' else torch.float32)
     nn.Module.to(models['vae'], torch.float32)
-    depth = load_network('depth', Path(folder)/'depth', device) if (Path(folder)/'depth').is_dir() else None
+    depth = load_reader(Path(folder)/'depth', device=device) if (Path(folder)/'depth').is_dir() else None
     size = models['vae'].config.sample_size
     torch.manual_seed(0)
 
@@ -473,7 +473,7 @@ def measure_priors(
         figures['3d'][split], told = measure_3d(models, test, judge, m.guidance_3d, m.steps)
         if depth:
             shot = look(worlds[split], 1, size)
-            figures['depth'][split] = pearson(answers(nearness, depth, to_net(shot['rgb'], torch.float32)), surface_depth(shot)).mean().item()
+            figures['depth'][split] = pearson(depth(to_net(shot['rgb'], torch.float32), surface_depth(shot) > .5), surface_depth(shot)).mean().item()
         best = best_guidance(figures['3d'][split]['guidance'], 'psnr')
         if pictures: pictures(f'3d_{split}', view_sheet(told[best], test))
     test = caption_test(worlds['captions'], size)
