@@ -427,7 +427,7 @@ def _spell(prompt, embeds):
     "Put the learned token's name where the prompt says <token>, or its names if it has several vectors"
     if '<token>' not in prompt: return prompt
     if not embeds: raise UserError(f'The prompt asks for a learned token, and none was given: {prompt!r}',
-        'Learn one with `magic123.textual_inversion`, load a learned_embeds file, or describe the object in words')
+        'Learn one with `magic123 learn PHOTO`, load a learned_embeds file, or describe the object in words')
     first = next(iter(embeds))
     return prompt.replace('<token>', ' '.join(token for token in embeds if token == first or re.fullmatch(re.escape(first) + r'_\d+', token)))
 
