@@ -280,7 +280,7 @@ def _hub(name, parts):
     return (True, str(folder)) if folder else (False, 'not on this machine; with a connection: magic123 weights fetch')
 
 ACCELERATORS = {'numba': ('fast on a CPU', 'pip install numba'), 'triton': ('fast on a GPU', 'comes with torch for CUDA, on Linux'),
-    'tinycudann': ('optional, must be compiled', 'pip install "git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch"'),
+    'tinycudann': ('optional, must be compiled', 'pip install --no-build-isolation "git+https://github.com/NVlabs/tiny-cuda-nn#subdirectory=bindings/torch"'),
     'nvdiffrast.torch': ('optional, must be compiled, licence for research', 'pip install --no-build-isolation git+https://github.com/NVlabs/nvdiffrast'),
     'kaolin': ('optional', 'https://kaolin.readthedocs.io/en/latest/notes/installation.html')} # what for, and how to get it
 

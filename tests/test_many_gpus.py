@@ -85,3 +85,24 @@ def test_each_process_takes_a_gpu_of_its_own(tmp_path, monkeypatch):
         monkeypatch.setenv('LOCAL_RANK', str(rank))
         job.device
     assert asked == [torch.device('cuda', 0), torch.device('cuda', 3)]
+
+def test_speed_is_measured_together_and_written_once(tmp_path, recipe_file):
+    "Asked for one view a step, two processes take one each; what all would do alike the first does"
+    content = json.loads(Path(recipe_file).read_text())
+    for stage in ('coarse', 'fine'): content[stage] |= dict(weight_2d=0., weight_3d=0.)
+    content['nerf'] |= dict(log2_entries=13)
+    (tmp_path/'r.json').write_text(json.dumps(content))
+    argv = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'magic123.speed', '--device', 'cpu',
+        '--part', 'coarse', 'volume', 'scaling', '--recipe', tmp_path/'r.json', '--steps', '4', '--out', tmp_path/'speed.json']
+    said = finish(subprocess.Popen(list(map(str, argv)), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    (setting, found), = json.loads((tmp_path/'speed.json').read_text())['settings'].items()
+    assert setting == 'cpu graphs 2 processes' and found['coarse']['seconds'] > 0 and said.count('\nvolume: ') + said.startswith('volume: ') == 1
+    assert {k for k in found['scaling'] if k.endswith('views')} == {f'{stage} {n} views' for stage in ('coarse', 'fine') for n in (2, 4)}
+
+def test_objects_side_by_side(recipe_file):
+    "One object at a time, and two"
+    from magic123.recipe import Recipe
+    from magic123.speed import measure_objects
+    recipe = Recipe.load(recipe_file).replace({f'{stage}.weight_{d}d': 0. for stage in ('coarse', 'fine') for d in (2, 3)} | {'nerf.log2_entries': 13})
+    found = measure_objects(recipe, 'cpu', (1, 2), 4)
+    assert set(found) == {'1 at a time', '2 at a time'} and min(o[k] for o in found.values() for k in ('coarse', 'fine')) > 0
