@@ -120,11 +120,12 @@ def _digest(path):
     name = path.resolve().name # the hub's cache names files by their hash
     return name if re.fullmatch('[0-9a-f]{64}', name) else _read_digest(path, path.stat().st_mtime_ns)
 
-def _is_path(value): return isinstance(value, str) and ('.' in value or os.sep in value) and os.path.exists(value)
+def _is_path(value): return isinstance(value, str) and bool({'.', '/', os.sep} & set(value)) and os.path.exists(value)
 
 def _content(value):
     if isinstance(value, dict): return {k: _content(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_content(v) for v in value]
+    if isinstance(value, str) and value.startswith('dpt:'): return ['dpt', _content(value[4:])] # a setting that names a folder
     if not _is_path(value): return value
     path = Path(value)
     if path.is_dir(): return {str(f.relative_to(path)): _digest(f) for f in sorted(path.rglob('*')) if f.is_file()}
@@ -286,6 +287,7 @@ def _located(value): # the same, wherever one stands
     if isinstance(value, dict): return {k: _located(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return type(value)(map(_located, value))
     if isinstance(value, str) and value.startswith('toybox:'): _toy_exists(value)
+    if isinstance(value, str) and value.startswith('dpt:'): return f'dpt:{_located(value[4:])}'
     return str(Path(value).resolve()) if _is_path(value) else value
 
 def _matches(pattern):
@@ -553,15 +555,19 @@ def _scheduler_lives():
     except (FuturesCancelledError, CommClosedError) as e: raise _user_error('The Dask scheduler is gone, and with it whoever did the work', 'Start it again; the same command then does what is left') from e
 
 def _work(runs, todo, client, board):
-    futures = {client.submit(execute, r, key=r.folder.name, priority=-i, pure=False, retries=2): r for i, r in enumerate(todo)}
+    futures, waiting = {}, list(todo)
     every, seconds = {r.folder: r.status for r in runs} | {r.folder: '' for r in todo}, []
 
     def show():
-        workers, ended = sum(client.nthreads().values()), list(every.values()) # a thread is a run at a time
+        ended = list(every.values())
         done, left = ended.count('finished'), ended.count('')
-        return board and board.show(len(every), done, min(workers, left), len(every) - done - left, time_left(seconds, left, workers))
+        return board and board.show(len(every), done, min(threads, len(futures)), len(every) - done - left, time_left(seconds, left, threads))
 
-    while futures:
+    while waiting or futures:
+        threads = sum(client.nthreads().values()) # each does a run at a time, and gets the next one when it has
+        while waiting and len(futures) < max(threads, 1):
+            run = waiting.pop(0)
+            futures[client.submit(execute, run, key=run.folder.name, pure=False, retries=2)] = run
         show()
         for future in _ended(futures):
             run = futures.pop(future)
