@@ -82,7 +82,7 @@ class Strip:
     def __repr__(self): return f'Strip({self.image.width}x{self.image.height})'
     def _repr_jpeg_(self):
         out = io.BytesIO()
-        self.image.save(out, 'JPEG', quality=85, optimize=True)
+        self.image.save(out, 'JPEG', quality=80, optimize=True)
         return out.getvalue()
 
 # %% ../nbs/00_show.ipynb #920d6d5a
