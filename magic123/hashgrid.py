@@ -100,21 +100,22 @@ def numba_threads() -> int:
 # %% ../nbs/20_hashgrid.ipynb #bf21931b
 @functools.cache
 def _numba_kernels(F):
+    global _locate, _corners # what is compiled encloses no compiled function, or numba would not find it again on disk
     prange = load_numba().prange
     zero, one, two, three = (np.float32(i) for i in range(4))
 
     @jit(inline='always')
-    def locate(v, resolution, smooth):
+    def _locate(v, resolution, smooth):
         p = min(max(v, zero), one)*np.float32(resolution)
         cell = min(max(np.int64(p), 0), resolution-1)
         w = p - np.float32(cell)
         return cell, w*w*(three - two*w) if smooth else w
 
     @jit(inline='always')
-    def corners(x, n, resolution, size, offset, smooth):
-        cx, u = locate(x[n, 0], resolution, smooth)
-        cy, v = locate(x[n, 1], resolution, smooth)
-        cz, w = locate(x[n, 2], resolution, smooth)
+    def _corners(x, n, resolution, size, offset, smooth):
+        cx, u = _locate(x[n, 0], resolution, smooth)
+        cy, v = _locate(x[n, 1], resolution, smooth)
+        cz, w = _locate(x[n, 2], resolution, smooth)
         if size == (resolution+1)**3:
             y, z = resolution+1, (resolution+1)**2
             i = offset + cx + y*cy + z*cz
@@ -134,7 +135,7 @@ def _numba_kernels(F):
             lo, hi = len(x)*part//threads, len(x)*(part+1)//threads
             for l in range(active):
                 for n in range(lo, hi):
-                    i, w = corners(x, n, resolution[l], size[l], offset[l], smooth)
+                    i, w = _corners(x, n, resolution[l], size[l], offset[l], smooth)
                     for f in range(F):
                         out[n, l*F+f] = (w[0]*table[i[0], f] + w[1]*table[i[1], f] + w[2]*table[i[2], f] + w[3]*table[i[3], f]
                                        + w[4]*table[i[4], f] + w[5]*table[i[5], f] + w[6]*table[i[6], f] + w[7]*table[i[7], f])
@@ -146,7 +147,7 @@ def _numba_kernels(F):
             table_grad[offset[l]:offset[l]+size[l]] = zero
             if l < active:
                 for n in range(len(x)):
-                    i, w = corners(x, n, resolution[l], size[l], offset[l], smooth)
+                    i, w = _corners(x, n, resolution[l], size[l], offset[l], smooth)
                     for f in range(F):
                         g = grad[n, l*F+f]
                         table_grad[i[0], f] += w[0]*g

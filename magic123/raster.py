@@ -77,10 +77,11 @@ def _zbuffer_torch(screen, faces, height, width, near, budget=1<<22):
 # %% ../nbs/31_raster.ipynb #efd02ff5
 @cache
 def _numba_kernel():
+    global _span # what is compiled encloses no compiled function, or numba would not find it again on disk
     from numba import prange
     half, slack = np.float32(.5), np.float32(.001)
     @jit()
-    def span(a, b, c, size):
+    def _span(a, b, c, size):
         lo, hi = min(a, b, c) - half - slack, max(a, b, c) - half + slack
         if not (hi >= 0 and lo <= size - 1): return 0, -1
         return int(np.ceil(max(lo, np.float32(0)))), int(np.floor(min(hi, np.float32(size - 1))))
@@ -96,9 +97,9 @@ def _numba_kernel():
                 cx, cy, cw = screen[faces[f, 2]]
                 x0, x1, y0, y1 = 0, width - 1, 0, height - 1
                 if min(aw, bw, cw) >= near:
-                    y0, y1 = span(ay/aw, by/bw, cy/cw, height)
+                    y0, y1 = _span(ay/aw, by/bw, cy/cw, height)
                     if y1 < top or y0 >= end: continue
-                    x0, x1 = span(ax/aw, bx/bw, cx/cw, width)
+                    x0, x1 = _span(ax/aw, bx/bw, cx/cw, width)
                 elif not max(aw, bw, cw) >= near: continue
                 for row in range(max(y0, top), min(y1 + 1, end)):
                     y = np.float32(row) + half

@@ -1449,39 +1449,37 @@ def _numba_kernel():
     def jit(f, **options):
         try: return numba.njit(cache=True, error_model='numpy', **options)(f)
         except RuntimeError: return numba.njit(error_model='numpy', **options)(f) # nowhere to keep it
-    here = dialect(jit, dict(sqrt=math.sqrt, floor=np.floor, cos=math.cos, abs=abs), where=_if_else, anywhere=_positive)
-    cull, march, shade_nearest = (here[k] for k in ('cull', 'march', 'shade_nearest'))
+    here = dialect(jit, dict(sqrt=math.sqrt, floor=np.floor, cos=math.cos, abs=abs, prange=numba.prange), where=_if_else, anywhere=_positive)
+    return jit(types.FunctionType(_numba_tile.__code__, here, '_numba_tile'), parallel=True) # found again on disk only if it encloses no compiled function
 
-    def render(rows, first, light, which, c2w, focal, samples, steps, out):
-        for job in numba.prange(out.shape[0]*out.shape[1]):
-            image, py = job//out.shape[1], job % out.shape[1]
-            toy, m = which[image], c2w[image]
-            begin, count = first[toy], first[toy + 1] - first[toy]
-            lx, ly, lz, ambient = light[toy]
-            for px in range(out.shape[2]):
-                pixel = out[image, py, px]
-                for s in range(samples*samples):
-                    u = (px + (s % samples + .5)/samples - .5*out.shape[2])/focal
-                    v = (.5*out.shape[1] - py - (s//samples + .5)/samples)/focal
-                    dx, dy, dz = m[0, 0]*u + m[0, 1]*v - m[0, 2], m[1, 0]*u + m[1, 1]*v - m[1, 2], m[2, 0]*u + m[2, 1]*v - m[2, 2]
-                    ox, oy, oz = m[0, 3], m[1, 3], m[2, 3]
-                    mask, near, far = cull(rows, begin, count, ox, oy, oz, dx, dy, dz)
-                    if near >= far: continue
-                    t, best, hit = march(rows, begin, count, mask, ox, oy, oz, dx, dy, dz, near, far, steps)
-                    if hit == 0.: continue
-                    r, g, b, nx, ny, nz = shade_nearest(rows, begin, count, mask, best, hit,
-                        ox + t*dx, oy + t*dy, oz + t*dz, lx, ly, lz, ambient)
-                    share = 1./(samples*samples)
-                    pixel[0] += r*share
-                    pixel[1] += g*share
-                    pixel[2] += b*share
-                    pixel[3] += share
-                    pixel[4] += t*share
-                    pixel[5] += nx*share
-                    pixel[6] += ny*share
-                    pixel[7] += nz*share
-    return jit(render, parallel=True)
-
+def _numba_tile(rows, first, light, which, c2w, focal, samples, steps, out):
+    for job in prange(out.shape[0]*out.shape[1]):
+        image, py = job//out.shape[1], job % out.shape[1]
+        toy, m = which[image], c2w[image]
+        begin, count = first[toy], first[toy + 1] - first[toy]
+        lx, ly, lz, ambient = light[toy]
+        for px in range(out.shape[2]):
+            pixel = out[image, py, px]
+            for s in range(samples*samples):
+                u = (px + (s % samples + .5)/samples - .5*out.shape[2])/focal
+                v = (.5*out.shape[1] - py - (s//samples + .5)/samples)/focal
+                dx, dy, dz = m[0, 0]*u + m[0, 1]*v - m[0, 2], m[1, 0]*u + m[1, 1]*v - m[1, 2], m[2, 0]*u + m[2, 1]*v - m[2, 2]
+                ox, oy, oz = m[0, 3], m[1, 3], m[2, 3]
+                mask, near, far = cull(rows, begin, count, ox, oy, oz, dx, dy, dz)
+                if near >= far: continue
+                t, best, hit = march(rows, begin, count, mask, ox, oy, oz, dx, dy, dz, near, far, steps)
+                if hit == 0.: continue
+                r, g, b, nx, ny, nz = shade_nearest(rows, begin, count, mask, best, hit,
+                    ox + t*dx, oy + t*dy, oz + t*dz, lx, ly, lz, ambient)
+                share = 1./(samples*samples)
+                pixel[0] += r*share
+                pixel[1] += g*share
+                pixel[2] += b*share
+                pixel[3] += share
+                pixel[4] += t*share
+                pixel[5] += nx*share
+                pixel[6] += ny*share
+                pixel[7] += nz*share
 def _numba_render(packed, which, c2w, focal, height, width, samples, out):
     import numba
     threads = torch.get_num_threads()
