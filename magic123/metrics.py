@@ -172,7 +172,9 @@ def visible_points(
         corners = vertices[faces[seen.ids.view(-1)[seen.pixels]]]
         found.append((corners*seen.weights.T[..., None]).sum(1))
     points = torch.cat(found).cpu()
-    _, cube, count = ((points - points.amin(0))/voxel).floor().long().unique(dim=0, return_inverse=True, return_counts=True)
+    cube = ((points - points.amin(0))/voxel).floor().long()
+    (_, h, d) = (cube.amax(0) + 1).tolist()
+    _, cube, count = ((cube[:, 0]*h + cube[:, 1])*d + cube[:, 2]).unique(return_inverse=True, return_counts=True) # by number: much faster than by rows
     return torch.zeros(len(count), 3).index_add(0, cube, points)/count[:, None]
 
 def _sensed(vertices, faces): return visible_points(vertices, faces), inside_mesh(vertices, faces, -torch.ones(3), 2., 64)

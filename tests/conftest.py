@@ -20,6 +20,19 @@ def priors(tmp_path_factory):
     return dict(stable_diffusion=str(stable_diffusion.tiny_random(home)), zero123=str(zero123.tiny_random(home)))
 
 @pytest.fixture(scope='session')
+def photo(tmp_path_factory):
+    "A mug with its depth beside it, as a file: unlike a toy it has no other views that would have to be compared"
+    import torch
+    from magic123.cameras import Camera
+    from magic123.show import save_png
+    from magic123.toybox import make_toy
+    path = tmp_path_factory.mktemp('photo')/'mug.png'
+    view = make_toy('mug', 900_003).render(Camera.orbit(height=64))
+    save_png(path, torch.cat([view.rgb, view.alpha], -1))
+    save_png(path.with_name('mug_depth.png'), 1.5 - view.depth/2)
+    return str(path)
+
+@pytest.fixture(scope='session')
 def recipe_file(priors, tmp_path_factory):
     "The miniature with both priors, as a file for `--recipe`"
     path = tmp_path_factory.mktemp('recipe')/'miniature.json'

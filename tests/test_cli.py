@@ -237,7 +237,7 @@ def test_not_a_run(command, tmp_path, shell):
 def test_disk_fills_up_and_the_run_continues(tmp_path, recipe_file):
     "A limit on the size of files stands in for a full disk: checkpoints outgrow it once they hold Adam's memories"
     disc().save(tmp_path/'disc.png')
-    argv = [sys.executable, '-m', 'magic123.cli', 'run', str(tmp_path/'disc.png'), '--recipe', recipe_file, '--out', str(tmp_path/'whole')]
+    argv = [sys.executable, '-m', 'magic123.cli', 'run', str(tmp_path/'disc.png'), '--recipe', recipe_file, '--photo.depth', 'none', '--out', str(tmp_path/'whole')]
     env = os.environ | dict(OMP_NUM_THREADS='1')
     assert subprocess.run(argv, env=env, capture_output=True).returncode == 0
     checkpoint = max(p.stat().st_size for p in (tmp_path/'whole'/'coarse').glob('*.safetensors'))

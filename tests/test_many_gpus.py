@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-TOY = 'toybox:mug:900003'
 
 def start(n, *argv):
     several = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m'] if n > 1 else []
@@ -35,9 +34,9 @@ def recipe(recipe_file, tmp_path_factory):
     return path
 
 @pytest.fixture(scope='module')
-def one(recipe, tmp_path_factory):
+def one(photo, recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp('one')/'run'
-    finish(start(1, 'run', TOY, '--recipe', recipe, '--out', folder))
+    finish(start(1, 'run', photo, '--recipe', recipe, '--out', folder))
     return folder
 
 def same(one, two):
@@ -47,18 +46,18 @@ def same(one, two):
     for x, y in zip(a, b): assert_close({k: v for k, v in x.items() if k not in ('stage', 'ms')}, {k: v for k, v in y.items() if k not in ('stage', 'ms')}, rtol=1e-4, atol=1e-7)
     assert_close(ends(one), ends(two), rtol=1e-4, atol=1e-5)
 
-def test_two_processes_make_what_one_makes(one, recipe, tmp_path):
+def test_two_processes_make_what_one_makes(one, photo, recipe, tmp_path):
     "Asked for one view a step, they take one each"
-    said = finish(start(2, 'run', TOY, '--recipe', recipe, '--out', tmp_path/'run', '--coarse.novel-views', 1, '--fine.novel-views', 1))
+    said = finish(start(2, 'run', photo, '--recipe', recipe, '--out', tmp_path/'run', '--coarse.novel-views', 1, '--fine.novel-views', 1))
     same(one, tmp_path/'run')
     assert said.count('2 processes: 2 novel views a step') == said.count('Mesh: ') == 1
     for name in ('recipe.json', 'mesh.glb', 'contact_sheet.png', 'turntable.mp4'): assert (tmp_path/'run'/name).is_file()
     recipes = [json.loads((folder/'recipe.json').read_text())['recipe'] for folder in (one, tmp_path/'run')]
     assert recipes[0] == recipes[1]
 
-def test_killed_with_two_and_continued_with_one(one, recipe, tmp_path):
+def test_killed_with_two_and_continued_with_one(one, photo, recipe, tmp_path):
     folder, total = tmp_path/'run', len(log(one))
-    process = start(2, 'run', TOY, '--recipe', recipe, '--out', folder)
+    process = start(2, 'run', photo, '--recipe', recipe, '--out', folder)
     moment = random.Random(time.time_ns()).randrange(1, total)
     while len(log(folder)) < moment and process.poll() is None: time.sleep(.01)
     workers = psutil.Process(process.pid).children(recursive=True)

@@ -27,15 +27,15 @@ def same(one, two):
     assert (one/'mesh.glb').read_bytes() == (two/'mesh.glb').read_bytes()
 
 @pytest.fixture(scope='module')
-def whole(recipe_file, tmp_path_factory):
+def whole(photo, recipe_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')/'run'
-    finish(start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder)))
+    finish(start('run', photo, '--recipe', recipe_file, '--out', str(folder)))
     return folder
 
-def test_kill_9_at_three_random_moments(whole, recipe_file, tmp_path):
+def test_kill_9_at_three_random_moments(whole, photo, recipe_file, tmp_path):
     folder, total = tmp_path/'run', lines(whole)
     moments = sorted(random.Random(time.time_ns()).sample(range(1, total), 3))
-    argv = 'run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder)
+    argv = 'run', photo, '--recipe', recipe_file, '--out', str(folder)
     for moment in moments:
         process = start(*argv)
         stop_at(process, folder, moment, signal.SIGKILL)
@@ -46,9 +46,9 @@ def test_kill_9_at_three_random_moments(whole, recipe_file, tmp_path):
     steps = [(l['stage'], l['step']) for l in map(json.loads, open(folder/'log.jsonl'))]
     assert steps == [(l['stage'], l['step']) for l in map(json.loads, open(whole/'log.jsonl'))], moments
 
-def test_one_process_a_run(whole, recipe_file, tmp_path):
+def test_one_process_a_run(whole, photo, recipe_file, tmp_path):
     folder = tmp_path/'run'
-    process = start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder))
+    process = start('run', photo, '--recipe', recipe_file, '--out', str(folder))
     while lines(folder) < 5 and process.poll() is None: time.sleep(.005)
     process.send_signal(signal.SIGSTOP)
     second = start('resume', str(folder))
@@ -59,18 +59,18 @@ def test_one_process_a_run(whole, recipe_file, tmp_path):
     finish(start('resume', str(folder)))
     same(whole, folder)
 
-def test_a_lost_log_begins_anew(whole, recipe_file, tmp_path):
+def test_a_lost_log_begins_anew(whole, photo, recipe_file, tmp_path):
     folder = tmp_path/'run'
-    process = start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder))
+    process = start('run', photo, '--recipe', recipe_file, '--out', str(folder))
     stop_at(process, folder, 10, signal.SIGKILL)
     (folder/'log.jsonl').unlink()
     finish(start('resume', str(folder)))
     same(whole, folder)
     assert json.loads(open(folder/'log.jsonl').readline())['step'] > 1
 
-def test_ctrl_c_says_how_to_continue(whole, recipe_file, tmp_path):
+def test_ctrl_c_says_how_to_continue(whole, photo, recipe_file, tmp_path):
     folder = tmp_path/'run'
-    process = start('run', 'toybox:mug:900003', '--recipe', recipe_file, '--out', str(folder))
+    process = start('run', photo, '--recipe', recipe_file, '--out', str(folder))
     said = stop_at(process, folder, 10, signal.SIGINT)
     assert process.returncode == 130, said
     assert f'magic123 resume {folder}' in said and 'Traceback' not in said
