@@ -47,6 +47,7 @@ class DMTet(nn.Module):
         self.register_buffer('border', border.any(1), persistent=False)
         self.sdf = nn.Parameter(torch.full_like(vertices[:, 0], -1.))
         self.deform = nn.Parameter(torch.zeros_like(vertices))
+        self._crossed = None # Signs, and the edges and faces that follow from them
 
     def _fit_box(self, state, prefix, *_): # a checkpoint knows its lattice
         box, resolution = (state[prefix + k].to(self.box.device) for k in ('box', 'resolution'))
@@ -55,9 +56,15 @@ class DMTet(nn.Module):
         self.resolution.copy_(resolution)
         self._fill_box()
 
+    def _crossed_edges(self, sdf): # the second view of a step finds the signs as they were
+        if sdf.is_cuda: return crossed_edges(sdf, self.tets) # to compare is to wait
+        signs = sdf > 0
+        if self._crossed is None or not torch.equal(signs, self._crossed[0]): self._crossed = signs, *crossed_edges(sdf, self.tets)
+        return self._crossed[1:]
+
     def _surface(self):
         sdf = torch.where(self.border, -2*self.reach, self.sdf)
-        edges, faces = crossed_edges(sdf, self.tets)
+        edges, faces = self._crossed_edges(sdf)
         if not len(faces): raise UserError('The surface has vanished: no signed distance is above zero',
             'Lower the learning rate of the geometry (lr.geometry), or raise the weight of the mask')
         ends = edges.view(-1)

@@ -38,7 +38,7 @@ from .optimise import Interrupted, load_scene, optimise
 from .preprocess import Reference, load_reference, read_image
 from .raster import pick_zbuffer
 from .recipe import Recipe, values
-from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, save_png, writing
+from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, save_png, writing
 from .stable_diffusion import LatentPrior, StableDiffusionPrior, find_folder
 from .textual_inversion import invert, load_learned_embeds, save_learned_embeds
 from .toybox import FAMILIES, Toy, make_toy, parse_toy
@@ -197,10 +197,7 @@ def pick_dtype(
     device: torch.device | str,
 ) -> torch.dtype:
     "The precision that priors compute in"
-    device = torch.device(device)
-    if wanted != 'auto': return getattr(torch, wanted)
-    if device.type != 'cuda': return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return fast_dtype(device) if wanted == 'auto' else getattr(torch, wanted)
 
 def ready_priors(
     recipe: Recipe,

@@ -11,6 +11,7 @@ __all__ = ['rgb_loss', 'mask_loss', 'without_edge', 'depth_loss', 'gaussian_blur
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # %% ../nbs/03_losses.ipynb #f4925910
 def rgb_loss(
@@ -102,22 +103,26 @@ def orientation_loss(
     return (weights.detach()*away.square()).mean()
 
 # %% ../nbs/03_losses.ipynb #336aef40
-def _edge_keys(faces):
-    ends = torch.stack([faces, faces.roll(-1, 1)], -1).view(-1, 2)
-    return ends.amin(1)*(faces.max() + 1) + ends.amax(1)
+_sorted = WeakTensorKeyDictionary() # as long as somebody has these faces: both losses ask, for each view of a step
+
+def _sorted_edges(faces): # For each edge of each face: a number, rising; and 3*face + corner
+    if faces not in _sorted:
+        i, j = faces.reshape(-1), faces.roll(-1, 1).reshape(-1)
+        _sorted[faces] = (torch.minimum(i, j)*(faces.max() + 1) + torch.maximum(i, j)).sort(stable=True)
+    return _sorted[faces]
 
 def edges(
     faces: Tensor, # (F,3) long
 ) -> Tensor: # (E,2) long, smaller index first
     "Every edge of a mesh, once"
-    key, base = _edge_keys(faces).unique(), faces.max() + 1
+    key, base = _sorted_edges(faces)[0].unique_consecutive(), faces.max() + 1
     return torch.stack([key//base, key % base], 1)
 
 def adjacent_faces(
     faces: Tensor, # (F,3) long
 ) -> Tensor: # (P,2) long
     "Pairs of faces that share an edge; an edge of only one face has no pair"
-    key, order = _edge_keys(faces).sort(stable=True)
+    key, order = _sorted_edges(faces)
     first = (key[1:] == key[:-1]).nonzero()[:, 0]
     return torch.stack([order[first], order[first + 1]], 1)//3
 

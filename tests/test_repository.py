@@ -78,3 +78,18 @@ def test_import_brings_no_accelerators():
 def test_command_line_starts_without_torch():
     code = 'import sys, magic123.cli; print("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == 'False'
+
+def test_compiled_code_is_found_again():
+    "What numba has made once, on this machine, is not made by every process anew"
+    code = '''import torch
+from magic123 import hashgrid, nerf, raster, toybox
+from magic123.cameras import Camera
+grid = hashgrid.HashGrid(levels=2, log2_entries=8)
+grid(torch.rand(9, 3)).sum().backward()
+camera, triangle = Camera.orbit(height=8), torch.eye(3)
+toybox.make_toy('mug', 3).render(camera)
+raster.rasterize(camera, triangle, torch.tensor([[0, 1, 2]]))
+kernels = *hashgrid._numba_kernels(grid.table.shape[1]), toybox._numba_kernel(), raster._numba_kernel()
+print(all(k.signatures for k in kernels), sum(sum(k.stats.cache_misses.values()) for k in kernels))'''
+    for _ in range(2): said = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert said == ['True', '0']
