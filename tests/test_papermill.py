@@ -6,6 +6,9 @@ from nbdev.config import get_config
 
 NBS = get_config().config_path/'nbs'
 EXPERIMENTS = sorted(NBS.glob('7*.ipynb'))
+SMALL = {'threads': 1, 'coarse.steps': 3, 'coarse.resolution': 16, 'coarse.reference_resolution': 16, 'fine.steps': 2, 'fine.resolution': 32, 'fine.reference_resolution': 32,
+    'nerf.log2_entries': 10, 'nerf.occupancy': 16, 'nerf.samples': 24, 'dmtet.resolution': 16}
+SAME = '71_table1', '72_table2', '73_trade_off', '75_gallery', '76_coarse_and_fine' # they make runs of one kind: small ones, of small networks, will do
 KEEPS = {'70_reconstruct': {}, '77_ablations': dict(words='learned'), '78_paper_or_official': {}} # those that go on where they were stopped
 
 def run(notebook, out, given):
@@ -14,9 +17,9 @@ def run(notebook, out, given):
     return json.loads((out/'metrics.json').read_text())
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda p: p.stem)
-def test_runs_under_papermill(notebook, tmp_path):
+def test_runs_under_papermill(notebook, tmp_path, priors):
     "and what is there of a run, up to all of it but the report, is not made again"
-    given = KEEPS.get(notebook.stem, {})
+    given = dict(settings=SMALL | {f'priors.{k}': v for k, v in priors.items()}) if notebook.stem in SAME else KEEPS.get(notebook.stem, {})
     first = run(notebook, tmp_path, given)
     assert first and (tmp_path/'preview.jpg').is_file()
     if notebook.stem not in KEEPS: return
