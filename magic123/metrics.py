@@ -173,7 +173,7 @@ def visible_points(
         found.append((corners*seen.weights.T[..., None]).sum(1))
     points = torch.cat(found).cpu()
     cube = ((points - points.amin(0))/voxel).floor().long()
-    (_, h, d) = (cube.amax(0) + 1).tolist()
+    _, h, d = (cube.amax(0) + 1).tolist()
     _, cube, count = ((cube[:, 0]*h + cube[:, 1])*d + cube[:, 2]).unique(return_inverse=True, return_counts=True) # by number: much faster than by rows
     return torch.zeros(len(count), 3).index_add(0, cube, points)/count[:, None]
 

@@ -82,7 +82,7 @@ def test_command_line_starts_without_torch():
 def test_compiled_code_is_found_again():
     "What numba has made once, on this machine, is not made by every process anew"
     code = '''import torch
-from magic123 import hashgrid, nerf, raster, toybox
+from magic123 import hashgrid, raster, toybox
 from magic123.cameras import Camera
 grid = hashgrid.HashGrid(levels=2, log2_entries=8)
 grid(torch.rand(9, 3)).sum().backward()

@@ -59,7 +59,7 @@ def test_one_process_a_run(whole, photo, recipe_file, tmp_path):
     finish(start('resume', str(folder)))
     same(whole, folder)
 
-def test_ctrl_c_says_how_to_continue(whole, photo, recipe_file, tmp_path):
+def test_ctrl_c_says_how_to_continue_even_without_the_log(whole, photo, recipe_file, tmp_path):
     folder = tmp_path/'run'
     process = start('run', photo, '--recipe', recipe_file, '--out', str(folder))
     said = stop_at(process, folder, 10, signal.SIGINT)
