@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from .cameras import Camera
 from .field import Field
-from .hashgrid import jit, load_numba, numba_threads, pick_backend, trouble_with
+from .hashgrid import pick_backend, trouble_with
 from .losses import entropy_loss, orientation_loss
 from .shading import Shading, View, composite, shade
-from .show import UserError
+from .show import UserError, jit, load_numba, numba_threads
 
 # %% ../nbs/22_nerf.ipynb #c864265a
 def _uniform(*shape, generator, device): # on a GPU from dice made there: millions of numbers would travel for longer than the rest takes

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .cameras import Camera
-from .hashgrid import INSTALL, jit, numba_threads, pick_backend, trouble_with, trouble_with_triton
-from .show import UserError
+from .hashgrid import INSTALL, pick_backend, trouble_with, trouble_with_triton
+from .show import UserError, jit, numba_threads
 
 # %% ../nbs/31_raster.ipynb #4ce98e2b
 def to_screen(

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from torch import Tensor, cos, floor, sqrt, where
 from .cameras import Camera
 from .shading import View, composite
-from .show import UserError
+from .show import UserError, jit, load_numba, numba_threads
 
 # %% ../nbs/04_toybox.ipynb #4c21354e
 def at(
@@ -1445,12 +1445,8 @@ def _torch_render(packed, which, c2w, focal, height, width, samples, out):
 # %% ../nbs/04_toybox.ipynb #f79ede0b
 @functools.cache
 def _numba_kernel():
-    import numba
-    def jit(f, **options):
-        try: return numba.njit(cache=True, error_model='numpy', **options)(f)
-        except RuntimeError: return numba.njit(error_model='numpy', **options)(f) # nowhere to keep it
-    here = dialect(jit, dict(sqrt=math.sqrt, floor=np.floor, cos=math.cos, abs=abs, prange=numba.prange), where=_if_else, anywhere=_positive)
-    return jit(types.FunctionType(_numba_tile.__code__, here, '_numba_tile'), parallel=True) # found again on disk only if it encloses no compiled function
+    here = dialect(jit(error_model='numpy'), dict(sqrt=math.sqrt, floor=np.floor, cos=math.cos, abs=abs, prange=load_numba().prange), where=_if_else, anywhere=_positive)
+    return jit(parallel=True, error_model='numpy')(types.FunctionType(_numba_tile.__code__, here, '_numba_tile')) # found again on disk only if it encloses no compiled function
 
 def _numba_tile(rows, first, light, which, c2w, focal, samples, steps, out):
     for job in prange(out.shape[0]*out.shape[1]):
@@ -1481,9 +1477,8 @@ def _numba_tile(rows, first, light, which, c2w, focal, samples, steps, out):
                 pixel[6] += ny*share
                 pixel[7] += nz*share
 def _numba_render(packed, which, c2w, focal, height, width, samples, out):
-    import numba
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba_threads()
     double = [t.double().numpy() for t in (packed.rows.ravel(), packed.light, c2w)]
     out.zero_()
     _numba_kernel()(double[0], packed.first.long().numpy(), double[1], which.numpy(), double[2], focal, samples, STEPS, out.numpy())
@@ -1560,7 +1555,7 @@ def _backend(wanted, device):
             import triton
             return 'triton'
         if device.type == 'cpu':
-            import numba
+            load_numba()
             return 'numba'
     except ImportError: pass
     return 'torch'
