@@ -1,6 +1,7 @@
 "A run in miniature that several tests share: seconds, random priors, every file"
-import json
+import json, os
 import pytest
+import zygote
 
 STAGE = dict(resolution=16, reference_resolution=16, checkpoint_interval=4, preview_interval=8, light=dict(albedo=1., normal_fraction=0.))
 MINIATURE = dict(
@@ -11,6 +12,21 @@ MINIATURE = dict(
     dmtet=dict(resolution=12, samples=24),
     export=dict(texture=64, turntable_views=2, turntable_size=32))
 WITHOUT_PRIORS = {f'{stage}.weight_{d}d': 0. for stage in ('coarse', 'fine') for d in (2, 3)}
+
+zygote.install()
+
+@pytest.fixture(autouse=True)
+def environment():
+    "Every test finds the variables that the first one found; Dask, for one, sets some for good"
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys(): del os.environ[name]
+    os.environ.update(before)
+
+@pytest.fixture
+def ordinary():
+    "Processes start as users start them"
+    with zygote.zygote.away(): yield
 
 @pytest.fixture(scope='session')
 def priors(tmp_path_factory):

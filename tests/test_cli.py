@@ -292,6 +292,6 @@ def test_doctor(shell):
     code, said = shell('doctor')
     assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'ffmpeg', 'usd', 'tiny 2D prior', 'full 3D prior', 'magic123 weights fetch'))
 
-def test_python_m():
+def test_python_m(ordinary):
     done = subprocess.run([sys.executable, '-m', 'magic123.cli', '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and 'doctor' in done.stdout

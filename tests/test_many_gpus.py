@@ -9,8 +9,8 @@ from torch.testing import assert_close
 ENV = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
 
 def start(n, *argv):
-    several = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m'] if n > 1 else []
-    argv = [sys.executable, '-W', 'ignore', '-m', *several, 'magic123.cli', *map(str, argv)]
+    several = ['-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)] if n > 1 else []
+    argv = [sys.executable, *several, '-m', 'magic123.cli', *map(str, argv)]
     return subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def finish(process, code=0):
