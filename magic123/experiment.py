@@ -947,7 +947,7 @@ def save_sheet(
 
 def load_sheet(
     name: str, # Of the experiment
-    most: int = 80_000, # Bytes: what a notebook has room for
+    most: int = 60_000, # Bytes: what a notebook has room for
 ): # A picture for the notebook; None if it has not been done
     "The sheet in `data/results`"
     import PIL.Image

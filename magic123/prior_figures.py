@@ -472,8 +472,9 @@ def measure_priors(
         test = view_test(worlds[split], size)
         figures['3d'][split], told = measure_3d(models, test, judge, m.guidance_3d, m.steps)
         if depth:
-            shot = look(worlds[split], 1, size)
-            figures['depth'][split] = pearson(depth(to_net(shot['rgb'], torch.float32), surface_depth(shot) > .5), surface_depth(shot)).mean().item()
+            for view, where in enumerate(('', '_around')): # the reference view, and a novel one
+                shot = look(worlds[split], view, size)
+                figures['depth'][split + where] = pearson(depth(to_net(shot['rgb'], torch.float32), surface_depth(shot) > .5), surface_depth(shot)).mean().item()
         best = best_guidance(figures['3d'][split]['guidance'], 'psnr')
         if pictures: pictures(f'3d_{split}', view_sheet(told[best], test))
     test = caption_test(worlds['captions'], size)
@@ -508,7 +509,9 @@ BARS = { # What a pair of priors should reach
     '2D prior: view words obeyed': ('2d best view', .85),
     '2D prior: view words obeyed, families with sides': ('2d best view_sided', .85),
     'judge: side right, families with sides': ('judge side_of_sided', None),
-    'depth network, common: Pearson': ('depth common', .95),
+    'depth network, common, the reference view: Pearson': ('depth common', .95),
+    'depth network, common, from anywhere: Pearson': ('depth common_around', None),
+    'depth network, uncommon, the reference view: Pearson': ('depth uncommon', None),
     '2D UNet: guided step on 2 cores (ms)': ('step_ms 2d', 90),
     '3D UNet: guided step on 2 cores (ms)': ('step_ms 3d', 90)}
 BEST = {'3d': 'psnr', '2d': 'colour'} # What the best guidance is best at
