@@ -1,11 +1,13 @@
 "Whatever the user gets wrong, a clear sentence and nothing lost"
 import json, os, resource, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
 from conftest import MINIATURE, WITHOUT_PRIORS
 from magic123.cli import main
+from zygote import zygote
 
 SHORT = MINIATURE | dict(coarse=MINIATURE['coarse'] | dict(steps=3, weight_2d=0, weight_3d=0), fine=MINIATURE['fine'] | dict(steps=2, weight_2d=0, weight_3d=0))
 
@@ -99,8 +101,8 @@ def test_odd_names_on_a_poor_terminal(picture, folder, tmp_path, short):
     disc().save(os.fsdecode(picture), 'PNG')
     argv = [sys.executable, '-m', 'magic123.cli', 'run', picture, '--recipe', short, '--out', folder, '--photo.depth', 'none']
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONIOENCODING='ascii')
-    for command in argv, [*argv[:3], 'resume', folder]:
-        done = subprocess.run(command, env=env, capture_output=True)
+    for command, start in (argv, zygote.away()), ([*argv[:3], 'resume', folder], nullcontext()): # begun as by a user
+        with start: done = subprocess.run(command, env=env, capture_output=True)
         assert done.returncode == 0 and os.path.isfile(os.path.join(folder, b'mesh.glb')), done.stderr
         os.unlink(os.path.join(folder, b'metrics.json'))
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 MODULES = 'ipykernel_launcher', 'magic123.cli'
 # What the environment may say otherwise: nothing that is imported below has read it by then
-FREE = 'CUDA_VISIBLE_DEVICES', 'JPY_PARENT_PID', 'JPY_SESSION_NAME', 'MAGIC123_', 'NUMBA_NUM_THREADS', 'PATH', 'PYTEST_CURRENT_TEST', 'TORCHINDUCTOR_CACHE_DIR', 'TORCH_HOME', 'U2NET_HOME'
+FREE = 'CUDA_VISIBLE_DEVICES', 'JPY_PARENT_PID', 'JPY_SESSION_NAME', 'MAGIC123_', 'NUMBA_NUM_THREADS', 'PATH', 'PYTEST_CURRENT_TEST', 'PYTHONIOENCODING', 'TORCHINDUCTOR_CACHE_DIR', 'TORCH_HOME', 'U2NET_HOME'
 
 def preload():
     "Third parties only; none that starts a thread, as pandas does, and none that is told how to behave before it is imported, as numba is"
@@ -73,6 +73,7 @@ def receive(sock, form):
 
 def install():
     "From now on `subprocess.Popen` knows of the zygote"
+    if zygote.off: return
     ordinary = subprocess.Popen._execute_child
     names = inspect.signature(ordinary)
     plain = dict(executable=None, preexec_fn=None, pass_fds=(), close_fds=True, shell=False, restore_signals=True, gid=None, gids=None, uid=None, umask=-1, process_group=-1)
@@ -111,9 +112,11 @@ def serve(sock):
     if wanted['argv'][0] == 'ipykernel_launcher': # a kernel tells matplotlib in a variable, which was read before
         sys.modules['matplotlib'].rcParams['backend'] = 'module://matplotlib_inline.backend_inline'
     sys.argv, sys.path[0] = wanted['argv'], wanted['cwd'] # `python -m` looks there first
+    asked, _, errors = wanted['env'].get('PYTHONIOENCODING', '').partition(':')
     for i, name in enumerate(('stdin', 'stdout', 'stderr')): # as Python opens them
         old = getattr(sys, name)
-        new = open(i, 'w' if i else 'r', 1 if i == 2 or os.isatty(i) else -1, old.encoding, old.errors, closefd=False)
+        how = 'backslashreplace' if i == 2 else errors or ('strict' if asked else old.errors)
+        new = open(i, 'w' if i else 'r', 1 if i == 2 or os.isatty(i) else -1, asked or old.encoding, how, closefd=False)
         setattr(sys, name, new), setattr(sys, f'__{name}__', new)
     sys.modules['numpy'].random.seed() # as torch and random are: not the same numbers in every fork
     signal.signal(signal.SIGINT, signal.default_int_handler)
