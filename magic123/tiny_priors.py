@@ -36,7 +36,9 @@ from .zero123 import OneToken
 @dataclass
 class Architecture:
     "Widths of the tiny networks"
-    unet: tuple = (64, 128, 128) # Channels at 32x32, 16x16 and 8x8; attention at the two lower ones
+    unet: tuple = (64, 128, 128) # Channels at 32x32, 16x16 and 8x8
+    attention_2d: tuple = (0, 4, 4) # Heads of the attention at each of these; 0 is none
+    attention_3d: tuple = (1, 4, 4) # The same: what another view shows moves, so the 3D prior looks around at full resolution too
     cross: int = 192 # Width of a text or image token
     vae: tuple = (32, 64, 128) # Channels at 128, 64 and 32 pixels
     text_layers: int = 3
@@ -44,13 +46,13 @@ class Architecture:
     size: int = 128 # Pixels of the picture; the latent is a quarter of it
     tokens: int = 24 # Longest caption
 
-MINIATURE = Architecture(unet=(32, 32, 32), cross=32, vae=(16, 16, 16), text_layers=1, image_layers=1, size=32)
+MINIATURE = Architecture(unet=(32, 32, 32), attention_2d=(0, 1, 1), attention_3d=(1, 1, 1), cross=32, vae=(16, 16, 16), text_layers=1, image_layers=1, size=32)
 
 def _unet_config(a, kind):
-    return dict(sample_size=a.size//4, in_channels=dict(zip(('2d', '3d'), (4, 8)))[kind], out_channels=4, block_out_channels=a.unet, layers_per_block=1,
-        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-        up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-        attention_head_dim=tuple(max(c//32, 1) for c in a.unet), cross_attention_dim=a.cross, norm_num_groups=min(32, a.unet[0]))
+    inputs, heads = {'2d': (4, a.attention_2d), '3d': (8, a.attention_3d)}[kind]
+    return dict(sample_size=a.size//4, in_channels=inputs, out_channels=4, block_out_channels=a.unet, layers_per_block=1,
+        down_block_types=tuple('CrossAttnDownBlock2D' if h else 'DownBlock2D' for h in heads), up_block_types=tuple('CrossAttnUpBlock2D' if h else 'UpBlock2D' for h in heads[::-1]),
+        attention_head_dim=tuple(max(h, 1) for h in heads), cross_attention_dim=a.cross, norm_num_groups=min(32, a.unet[0])) # which diffusers takes for the number of heads
 
 def build_unet(
     kind: str, # '2d' sees a noisy latent (4 channels), '3d' the reference's latent beside it (8)
@@ -986,10 +988,11 @@ def load_weights(
     models: dict[str, nn.Module],
     weights: dict[str, Tensor],
 ):
-    "Give each network its weights, where there are any"
+    "Give each network its weights, where there are any; levels that attend and did not when these were learned start by changing nothing"
     for name, net in models.items():
         own = {n[len(name)+1:]: w for n, w in weights.items() if n.startswith(f'{name}.')}
-        if own: net.load_state_dict(own)
+        grown = {n: w for n, w in net.state_dict().items() if '.attentions.' in n and not any(k.startswith(n.split('.attentions.')[0] + '.attentions.') for k in own)}
+        if own: net.load_state_dict(own | {n: 0*w if '.proj_out.' in n else w for n, w in grown.items()})
 
 # %% ../nbs/45_tiny_priors.ipynb #542e94c9
 @dataclass
@@ -1009,7 +1012,7 @@ class Training:
     vae_batch: int = 128
     lr: float = 8e-4 # Highest, priors
     budget: float = 0. # Seconds of prior training that the cosine spans over all runs; 0 ends with this run
-    share_3d: float = .6 # Of the priors' steps
+    share_3d: float = .6 # Of the priors' steps; 1 leaves the 2D prior as it is, 0 the 3D one
     compiled: bool = False # The 3D prior through torch.compile; pays in runs of five minutes and more
     validation: int = 128 # Objects to measure on
     workers: int = 16 # Processes that build objects
@@ -1045,10 +1048,11 @@ def train(t: Training) -> dict: # The state, as written to state.json
     left = lambda: t.seconds - t.reserve - (time.perf_counter() - log.begin)
     words = state.setdefault('words', word_list([*vocabulary(), 'object, toy']))
     state['architecture'], ids = asdict(a), word_ids(words)
-    common, seen = [*SPLITS['common']], [*SPLITS['common'], *SPLITS['uncommon']]
+    common = [*SPLITS['common']]
+    seen = common + [*SPLITS['uncommon']]*('vae' in parts or t.share_3d < 1)
     count = t.objects if 'priors' in parts else min(t.objects, 8000)
     before = len(state.get('priors', [])) # each run has objects of its own
-    world = make_world(seen, count, 1000 + t.objects*before % 450_000, t.views, t.references, t.workers)
+    world = make_world(seen, count, 1000 + t.objects*before % (499_000 - t.objects), t.views, t.references, t.workers)
     tests = {k: make_world(SPLITS[k], t.validation, VALIDATION_SEED, 1, 1, t.workers, jitter=0.) for k in ('common', 'uncommon')}
     log('world', objects=count, families=len(seen))
 
@@ -1091,7 +1095,7 @@ def train(t: Training) -> dict: # The state, as written to state.json
         is_common = torch.tensor([toy.family in common for toy in world.toys])
         data = Encoded(latents, shots, world.views, captions, is_common.nonzero()[:, 0].to(device), t.references)
         spent = state['priors'][-1]['seconds'] if 'priors' in state else 0.
-        trainees, run = train_priors(models, data, left(), t.batch, t.lr, t.share_3d, spent=spent, budget=t.budget, compiled=t.compiled, **more)
+        trainees, run = train_priors(models, data, left(), t.batch, t.lr, t.share_3d, kinds=tuple(k for k, share in (('3d', t.share_3d), ('2d', 1 - t.share_3d)) if share), spent=spent, budget=t.budget, compiled=t.compiled, **more)
         for trainee in trainees.values(): weights |= trainee.weights()
         finish('priors', run)
     for net in models.values(): nn.Module.to(net, dtype).eval().requires_grad_(False)
