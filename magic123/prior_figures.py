@@ -6,9 +6,9 @@
 __all__ = ['BENCHMARK_SEED', 'HELD_OUT_SIZE', 'JUDGE_SEED', 'JUDGE_TEST_SEED', 'BANDS', 'BARS', 'BEST', 'Item',
            'benchmark_objects', 'held_out_pictures', 'drawn', 'make_benchmark', 'benchmark', 'check_benchmark', 'Judge',
            'all_views', 'train_judge', 'judge_accuracy', 'look', 'ViewTest', 'view_test', 'ssims', 'score_views',
-           'measure_3d', 'colour_share', 'CaptionTest', 'caption_test', 'score_captions', 'token_numbers', 'measure_2d',
-           'step_time', 'Measuring', 'sheet', 'view_sheet', 'measure_priors', 'best_guidance', 'find_figure', 'table',
-           'rounded', 'main', 'plot_figures']
+           'measure_3d', 'agreement', 'colour_share', 'CaptionTest', 'caption_test', 'score_captions', 'token_numbers',
+           'measure_2d', 'step_time', 'Measuring', 'sheet', 'view_sheet', 'measure_priors', 'best_guidance',
+           'find_figure', 'table', 'rounded', 'main', 'plot_figures']
 
 # %% ../nbs/48_prior_figures.ipynb #b3852584
 import hashlib, json, math
@@ -24,7 +24,7 @@ from .photo_networks import load_reader, pearson, surface_depth
 from .preprocess import reference_from_toy
 from .show import UserError, atomic_write, data_folder, default_device, save_png, spent_ms, to_uint8
 from .tiny_priors import (SIDES, VALIDATION_SEED, Job, Trainee, World, evaluate_vae, fit, load_priors, make_world,
-    novel_views, relative_poses, text_to_image, to_bytes, to_net, view_word)
+    mean_psnr, novel_views, relative_poses, text_to_image, to_bytes, to_net, view_word)
 from .toybox import COLOURS, FAMILIES, MEASURE_SEEDS, SPLITS, Toy, make_toy, pack_toys, render_toys
 
 # %% ../nbs/48_prior_figures.ipynb #f32807ad
@@ -308,6 +308,24 @@ def measure_3d(
     figures = {k: score_views(v, test, judge) for k, v in plain.items()}
     return figures | dict(objects=len(truth), guidance={str(g): score_views(v, test, judge) for g, v in told.items()}), told
 
+# %% ../nbs/48_prior_figures.ipynb #d4a7c002
+def agreement(
+    models: dict[str, nn.Module], # From `load_priors`
+    test: ViewTest,
+    guidance: float = 2.,
+    steps: int = 30, # DDIM
+    samples: int = 4, # Of each view
+    temperatures: tuple = (.8, .6, .4), # Of the noise, to try
+    chunk: int = 256, # Views at a time
+) -> dict: # 'one': PSNR of a sample; 'between': of a sample, were another the truth; by number, 'mean': marks of their mean; by temperature, 'cooler': marks of one
+    "Whether the 3D prior is as unsure as it is wrong"
+    draw = lambda seed, t=1.: torch.cat([novel_views(models, r, p, steps, guidance, seed + 1000*i, t) for i, (r, p) in enumerate(zip(test.reference.split(chunk), test.pose.split(chunk)))])
+    told, truth = torch.stack([draw(s) for s in range(samples)]), test.truth/255
+    pairs = [mean_psnr(told[i], told[j]) for i in range(samples) for j in range(i)]
+    marks = lambda x: {k: v for k, v in score_views(x, test).items() if k != 'bands'}
+    return dict(views=len(truth), guidance=guidance, one=float(np.mean([mean_psnr(x, truth) for x in told])), between=float(np.mean(pairs)),
+        mean={str(n): marks(told[:n].mean(0)) for n in range(2, samples + 1)}, cooler={str(t): marks(draw(0, t)) for t in temperatures})
+
 # %% ../nbs/48_prior_figures.ipynb #4c6a7b52
 def colour_share(
     rgb: Tensor, # On white (B,S,S,3) in [0,1]
@@ -406,6 +424,8 @@ class Measuring:
     steps: int = 30 # DDIM
     guidance_3d: tuple = (1., 2., 3., 5.)
     guidance_2d: tuple = (1., 3., 5., 7.5)
+    samples: int = 4 # Of each view, to see how far apart they are
+    temperatures: tuple = (.8, .6, .4) # Of their noise
     seconds: float = 35. # Of the judge's training
     judge_objects: int = 28_800 # To learn from
     judge_test: int = 1440 # To be tested on
@@ -476,6 +496,7 @@ def measure_priors(
                 shot = look(worlds[split], view, size)
                 figures['depth'][split + where] = pearson(depth(to_net(shot['rgb'], torch.float32), surface_depth(shot) > .5), surface_depth(shot)).mean().item()
         best = best_guidance(figures['3d'][split]['guidance'], 'psnr')
+        if split == 'common': figures['3d'][split]['agreement'] = agreement(models, test, best, m.steps, m.samples, m.temperatures)
         if pictures: pictures(f'3d_{split}', view_sheet(told[best], test))
     test = caption_test(worlds['captions'], size)
     figures['2d'], told = measure_2d(models, token_numbers(folder, test.texts), test, judge, trust['sided'], m.guidance_2d, m.steps)
@@ -499,6 +520,9 @@ BARS = { # What a pair of priors should reach
     '3D prior, common: SSIM': ('3d common best ssim', .84),
     '3D prior, common: the right family': ('3d common best family', .97),
     '3D prior, common: nearer to the true pose': ('3d common best nearer', .96),
+    '3D prior, common: two samples, PSNR (dB)': ('3d common agreement between', None),
+    '3D prior, common: mean of four samples, PSNR (dB)': ('3d common agreement mean 4 psnr', None),
+    '3D prior, common: temperature .6, PSNR (dB)': ('3d common agreement cooler 0.6 psnr', None),
     '3D prior, uncommon: PSNR (dB)': ('3d uncommon best psnr', None),
     '3D prior, uncommon: the right family': ('3d uncommon best family', None),
     'copying the reference, common: PSNR (dB)': ('3d common copy psnr', None),

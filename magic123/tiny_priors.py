@@ -38,7 +38,7 @@ class Architecture:
     "Widths of the tiny networks"
     unet: tuple = (64, 128, 128) # Channels at 32x32, 16x16 and 8x8
     attention_2d: tuple = (0, 4, 4) # Heads of the attention at each of these; 0 is none
-    attention_3d: tuple = (1, 4, 4) # The same: what another view shows moves, so the 3D prior looks around at full resolution too
+    attention_3d: tuple = (0, 4, 4) # The same. With (1, 4, 4), learned for another 4.6 million samples, it draws views that are .01 dB better, and takes 65 % longer
     cross: int = 192 # Width of a text or image token
     vae: tuple = (32, 64, 128) # Channels at 128, 64 and 32 pixels
     text_layers: int = 3
@@ -46,7 +46,7 @@ class Architecture:
     size: int = 128 # Pixels of the picture; the latent is a quarter of it
     tokens: int = 24 # Longest caption
 
-MINIATURE = Architecture(unet=(32, 32, 32), attention_2d=(0, 1, 1), attention_3d=(1, 1, 1), cross=32, vae=(16, 16, 16), text_layers=1, image_layers=1, size=32)
+MINIATURE = Architecture(unet=(32, 32, 32), attention_2d=(0, 1, 1), attention_3d=(0, 1, 1), cross=32, vae=(16, 16, 16), text_layers=1, image_layers=1, size=32)
 
 def _unet_config(a, kind):
     inputs, heads = {'2d': (4, a.attention_2d), '3d': (8, a.attention_3d)}[kind]
@@ -882,12 +882,13 @@ def novel_views(
     steps: int = 30,
     guidance: float = 3.,
     seed: int = 0,
+    temperature: float = 1., # Standard deviation of the noise it starts from: below 1, samples are nearer to what is likely
 ) -> Tensor: # (B,S,S,3)
     "What the 3D prior thinks the other side looks like"
     vae = models['vae']
     concat = vae.encode(to_net(rgb, vae.dtype)).latent_dist.mode()
     tokens = image_token(models['image_encoder'], models['cc_projection'], rgb, pose)
-    noise = torch.randn(concat.shape, generator=torch.Generator().manual_seed(seed)).to(concat.device)
+    noise = temperature*torch.randn(concat.shape, generator=torch.Generator().manual_seed(seed)).to(concat.device)
     return decode(vae, ddim_sample(models['unet_3d'], tokens, 0*tokens, noise, steps, guidance, concat))
 
 @torch.no_grad()
