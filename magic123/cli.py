@@ -362,6 +362,10 @@ def main(
         if debug: raise
         console.print(escape(str(e)) or 'Stopped before there was anything to keep', highlight=False, soft_wrap=True)
         return 130
+    except BrokenPipeError:
+        if debug: raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # else Python complains once more at its end
+        return 141 # as a shell has it
     except Exception as e:
         if debug: raise
         if is_user_error(e): first() and _complain(console, e.message, e.hint)

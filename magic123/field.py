@@ -39,6 +39,129 @@ def blob(
     "A Gaussian at the origin"
     return density*torch.exp(-x.square().sum(-1)/(2*radius**2))
 
+# %% ../nbs/21_field.ipynb #a71c5e02
+_THERE, _BACK = (64, 4, 1, 5), (64, 4, 1, 2) # Rows at a time, warps, stages, programs on a multiprocessor; for a network 64 wide
+
+@cache
+def _triton_mlp():
+    global tl, _eleven, _relu, _tile, _places, _weights
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _eleven(x): # bits, to nearest: left to themselves, tensor cores cut off the rest
+        return tl.where(x == x, ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+    @triton.jit
+    def _relu(x): return tl.where(x <= 0, 0., x) # NaN stays, as in torch
+
+    @triton.jit
+    def _tile(ptr, block, n, j, columns, down, across, BLOCK: tl.constexpr): # of a matrix, on its side; what of it there is
+        r = block*BLOCK + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        return ptr + r*down + j[:, None].to(tl.int64)*across, (r < n) & (j[:, None] < columns)
+
+    @triton.jit
+    def _places(w_ptr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr): # of each weight and bias
+        i, j, o = tl.arange(0, K)[None, :], tl.arange(0, H), tl.arange(0, 16)[:, None]
+        second = w_ptr + H*WIDTH + H
+        third = second + H*H + H
+        return w_ptr + j[:, None]*WIDTH + i, w_ptr + H*WIDTH + j[:, None], second + j[:, None]*H + j[None, :], second + H*H + j[:, None], third + o*H + j[None, :], third + 4*H + o
+
+    @triton.jit
+    def _weights(w_ptr, i, o, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr):
+        p, p_, q, q_, r, r_ = _places(w_ptr, WIDTH, K, H)
+        W1, W2, W3 = _eleven(tl.load(p, i[None, :] < IN, 0.)), _eleven(tl.load(q)), _eleven(tl.load(r, o[:, None] < 4, 0.))
+        return W1, tl.load(p_), W2, tl.load(q_), W3, tl.load(r_, o[:, None] < 4, 0.)
+
+    @triton.jit
+    def forward(x_ptr, w_ptr, h_ptr, n, down, across, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+        i, o = tl.arange(0, K), tl.arange(0, 16)
+        W1, b1, W2, b2, W3, b3 = _weights(w_ptr, i, o, IN, WIDTH, K, H)
+        for block in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK), tl.num_programs(0), disable_licm=True):
+            at, here = _tile(x_ptr, block, n, i, IN, down, across, BLOCK)
+            a = _eleven(_relu(tl.dot(W1, _eleven(tl.load(at, here, 0.))) + b1))
+            b = _eleven(_relu(tl.dot(W2, a) + b2))
+            at, here = _tile(h_ptr, block, n, o, 4, 4, 1, BLOCK)
+            tl.store(at, tl.trans(tl.dot(tl.trans(b), tl.trans(W3))) + b3, here)
+
+    @triton.jit
+    def backward(x_ptr, w_ptr, dh_ptr, dx_ptr, dw_ptr, n, down, across, ddown, dacross, DX: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+        i, o = tl.arange(0, K), tl.arange(0, 16)
+        W1, b1, W2, b2, W3, b3 = _weights(w_ptr, i, o, IN, WIDTH, K, H)
+        dW1, dW2, dW3 = tl.zeros((H, K), tl.float32), tl.zeros((H, H), tl.float32), tl.zeros((H, 16), tl.float32)
+        db1, db2, db3 = tl.zeros((H, 1), tl.float32), tl.zeros((H, 1), tl.float32), tl.zeros((16, 1), tl.float32)
+        for block in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK), tl.num_programs(0), disable_licm=True):
+            at, here = _tile(x_ptr, block, n, i, IN, down, across, BLOCK)
+            x = _eleven(tl.load(at, here, 0.))
+            at, here = _tile(dh_ptr, block, n, o, 4, 4, 1, BLOCK)
+            dh = tl.load(at, here, 0.)
+            db3 += tl.sum(dh, 1, keep_dims=True)
+            dh = _eleven(dh)
+            a = _eleven(_relu(tl.dot(W1, x) + b1))
+            b = _eleven(_relu(tl.dot(W2, a) + b2))
+            dW3 = tl.dot(b, tl.trans(dh), dW3)
+            db = tl.where(b <= 0, 0., tl.dot(tl.trans(W3), dh))
+            db2 += tl.sum(db, 1, keep_dims=True)
+            db = _eleven(db)
+            dW2 = tl.dot(db, tl.trans(a), dW2)
+            da = tl.where(a <= 0, 0., tl.dot(tl.trans(W2), db))
+            db1 += tl.sum(da, 1, keep_dims=True)
+            da = _eleven(da)
+            dW1 = tl.dot(da, tl.trans(x), dW1)
+            if DX:
+                at, here = _tile(dx_ptr, block, n, i, IN, ddown, dacross, BLOCK)
+                tl.store(at, tl.trans(tl.dot(tl.trans(da), W1)), here)
+        p, p_, q, q_, r, r_ = _places(dw_ptr + tl.program_id(0)*(H*WIDTH + H*H + 6*H + 4), WIDTH, K, H)
+        tl.store(p, dW1, i[None, :] < IN)
+        tl.store(p_, db1)
+        tl.store(q, dW2)
+        tl.store(q_, db2)
+        tl.store(r, tl.trans(dW3), o[:, None] < 4)
+        tl.store(r_, db3, o[:, None] < 4)
+    return forward, backward
+
+def _mlp_launch(x, inputs, hidden, rows, warps, stages, programs):
+    wide = max(hidden//64, 1)
+    rows, chips = rows//wide, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    shape = dict(IN=inputs, WIDTH=x.shape[1], K=max(16, 1 << (inputs-1).bit_length()), H=hidden, BLOCK=rows)
+    return min(-(-len(x)//rows), programs*chips), shape | dict(num_warps=warps*wide, num_stages=stages)
+
+class _MLP(torch.autograd.Function): # three layers in one kernel, there and back; of `x`, the first `inputs` columns
+    @staticmethod
+    def forward(ctx, x, weights, inputs, hidden):
+        ctx.save_for_backward(x, weights)
+        ctx.rest, h = (inputs, hidden), x.new_empty(len(x), 4)
+        programs, options = _mlp_launch(x, *ctx.rest, *_THERE)
+        with torch.cuda.device_of(x):
+            if programs: _triton_mlp()[0][programs,](x, weights, h, len(x), *x.stride(), **options)
+        return h
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weights), wanted = ctx.saved_tensors, ctx.needs_input_grad[0]
+        programs, options = _mlp_launch(x, *ctx.rest, *_BACK)
+        dx, parts = torch.empty_like(x) if wanted else x, x.new_zeros(programs, len(weights))
+        if wanted: dx[:, ctx.rest[0]:] = 0
+        with torch.cuda.device_of(x):
+            if programs: _triton_mlp()[1][programs,](x, weights, grad.contiguous(), dx, parts, len(x), *x.stride(), *dx.stride(), wanted, **options)
+        return dx if wanted else None, parts.sum(0), None, None
+
+@cache
+def _mlp_trouble(kind, width, inputs, hidden): # '' if Triton finds what torch finds, there and back, to the last digit: whole numbers of few bits lose nothing
+    some = torch.Generator().manual_seed(0)
+    def whole(most, *shape): return torch.randint(-most, most + 1, shape, generator=some).float().to(kind)
+    def check():
+        x, out = whole(8, width, 50_000 if kind == 'cuda' else 400).t(), []
+        owed, weights = whole(3, len(x), 4), [whole(1, *shape) for shape in ((hidden, width), (hidden,), (hidden, hidden), (hidden,), (4, hidden), (4,))]
+        with torch.enable_grad():
+            for o in (x, *weights): o.requires_grad_()
+            plain = x*(torch.arange(width, device=kind) < inputs)
+            for n in 0, 2, 4: plain = F.linear(plain.relu() if n else plain, *weights[n:n+2])
+            for h in (_MLP.apply(x, torch.cat([w.flatten() for w in weights]), inputs, hidden), plain):
+                out.append([h, *torch.autograd.grad(h, [x, *weights], owed)])
+        return all(map(torch.equal, *out))
+    return trouble_with(check)
+
 # %% ../nbs/21_field.ipynb #9c46676a
 class _Product(torch.autograd.Function): # nn.Linear on tensor cores: numbers of eleven bits, sums of 24
     @staticmethod
@@ -202,6 +325,9 @@ class Field(nn.Module):
 
     def _network(self, h):
         if not h.is_cuda or h.dtype != torch.float32: return self.mlp(h)
+        shape = self.grid.width, self.grid.features*min(self.active_levels, self.grid.levels), self.mlp[0].out_features
+        if len(self.mlp) == 5 and shape[1] <= 64 and shape[2] in (16, 32, 64, 128) and not _mlp_trouble('cuda', *shape):
+            return _MLP.apply(h, torch.cat([w.flatten() for w in self.mlp.parameters()]), *shape[1:])
         for layer in self.mlp: h = _Product.apply(h, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(h)
         return h
 

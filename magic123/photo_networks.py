@@ -29,7 +29,7 @@ from .toybox import SPLITS
 
 # %% ../nbs/46_photo_networks.ipynb #68977adf
 WIDTH, LEVEL = 96, 60 # Channels of the head; at which of the 1000 noise levels the UNet is asked
-MASK = (16, 24, 32, 40) # Channels from fine to coarse
+MASK = (16, 32, 48, 64) # Channels from fine to coarse
 
 class _Talk(nn.Module): # neighbours at some distance
     def __init__(self, width, distance):

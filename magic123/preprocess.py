@@ -171,6 +171,9 @@ def _first_guess(rgb): # (H,W,3) uint8 -> (H,W) uint8 for cv2.grabCut
     guess = np.where(unlike*central > .6*max(otsu, 1), cv2.GC_PR_FGD, cv2.GC_PR_BGD)
     return np.where(frame, cv2.GC_BGD, guess).astype(np.uint8)
 
+def _likely(p, sure=.99): # (H,W) in [0,1] -> (H,W) uint8 for cv2.grabCut
+    return np.select([p > sure, p > .5, p > 1 - sure], [cv2.GC_FGD, cv2.GC_PR_FGD, cv2.GC_PR_BGD], cv2.GC_BGD).astype(np.uint8)
+
 def _without_specks(mask, share=.2):
     mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     n, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
@@ -180,6 +183,7 @@ def _without_specks(mask, share=.2):
 # %% ../nbs/10_preprocess.ipynb #05cb5445
 def grabcut_mask(
     rgb: np.ndarray, # (H,W,3) uint8: a photo of one object, roughly in the middle
+    guess: np.ndarray | None = None, # How likely each pixel is the object (H,W): what is almost certain stays; unlike the frame and near the middle if None
     side: int = 384, # Work on a picture this large; the edge is then refined by the picture itself
 ) -> np.ndarray: # (H,W) float32 in [0,1]
     "The object, by its colours and its outline"
@@ -187,10 +191,11 @@ def grabcut_mask(
     scale = min(1, side/max(h, w))
     small = cv2.resize(rgb, (max(8, round(w*scale)), max(8, round(h*scale))), interpolation=cv2.INTER_AREA)
     cv2.setRNGSeed(0)
-    guess = _first_guess(small)
-    if not (guess == cv2.GC_PR_FGD).any(): return np.zeros((h, w), np.float32)
-    cv2.grabCut(small[..., ::-1].copy(), guess, None, np.zeros((1, 65)), np.zeros((1, 65)), 8, cv2.GC_INIT_WITH_MASK)
-    mask = _without_specks(guess == cv2.GC_PR_FGD).astype(np.float32)
+    start = _first_guess(small) if guess is None else _likely(cv2.resize(guess, small.shape[1::-1], interpolation=cv2.INTER_AREA))
+    is_object = lambda: np.isin(start, (cv2.GC_FGD, cv2.GC_PR_FGD))
+    if not is_object().any() or is_object().all(): return np.full((h, w), is_object().all(), np.float32)
+    cv2.grabCut(small[..., ::-1].copy(), start, None, np.zeros((1, 65)), np.zeros((1, 65)), 8, cv2.GC_INIT_WITH_MASK)
+    mask = _without_specks(is_object()).astype(np.float32)
     mask = cv2.resize(cv2.GaussianBlur(mask, (0, 0), .8), (w, h), interpolation=cv2.INTER_CUBIC)
     return ((mask - .5)*max(1, 1/scale)**.5 + .5).clip(0, 1)
 
@@ -223,8 +228,9 @@ def _look(network, rgb, top, left, side): # Probability inside a square that may
     (h, w), n = rgb.shape[:2], network.config.sample_size
     over = [max(0, v) for v in (-top, top + side - h, -left, left + side - w)]
     wide = cv2.copyMakeBorder(rgb, *over, cv2.BORDER_REPLICATE)[top + over[0]:, left + over[2]:][:side, :side]
-    x = torch.tensor(cv2.resize(wide, (n, n), interpolation=cv2.INTER_AREA if side > n else cv2.INTER_LINEAR)).permute(2, 0, 1)[None]/127.5 - 1
-    found = cv2.resize(network(x, 0).sample[0, 0].sigmoid().numpy(), (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    x = torch.tensor(cv2.resize(wide, (n, n), interpolation=cv2.INTER_AREA if side > n else cv2.INTER_LINEAR)).permute(2, 0, 1)/127.5 - 1
+    seen, mirrored = network(torch.stack([x, x.flip(-1)]), 0).sample[:, 0].sigmoid()
+    found = cv2.resize(((seen + mirrored.flip(-1))/2).numpy(), (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
     out, rows, cols = np.zeros((h, w), np.float32), slice(max(0, top), min(h, top + side)), slice(max(0, left), min(w, left + side))
     out[rows, cols] = found[over[0]:side - over[1], over[2]:side - over[3]]
     return out
@@ -291,7 +297,7 @@ def find_mask(
             found, sure = network_mask(rgb, folder)
             if mask == 'tiny' or sure > SURE:
                 notes.append(f'Mask: the tiny network that comes with the book, {100*sure:.0f} % sure. If it missed the object, try the mask "grabcut", or give a mask file')
-                return found*alpha
+                return grabcut_mask(rgb, found)*alpha
             notes.append(f'The tiny mask network is only {100*sure:.0f} % sure')
         elif mask == 'tiny': raise UserError('The mask network that comes with the book is not on this disk', 'Use the mask "grabcut"')
     notes.append('Mask: GrabCut, for the picture has no transparency. If it missed the object, give a picture with transparency or a mask file')

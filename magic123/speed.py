@@ -6,8 +6,9 @@
 __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_priors', 'fit_toy', 'fit_share', 'wait', 'spread',
            'time_it', 'sections', 'kind_of', 'phases', 'run_steps', 'counted_samples', 'gpu_work', 'project',
            'measure_stage', 'beside_official', 'some_points', 'working_backends', 'measure_hashgrid', 'measure_volume',
-           'measure_surface', 'Desk', 'measure_scaling', 'one_of_several', 'measure_objects', 'start_up', 'first_steps',
-           'save_random', 'measure_start', 'measure_job', 'about', 'measure', 'load_results', 'add_result', 'main']
+           'measure_surface', 'measure_accelerators', 'Desk', 'measure_scaling', 'one_of_several', 'measure_objects',
+           'start_up', 'first_steps', 'save_random', 'measure_start', 'measure_job', 'about', 'measure', 'load_results',
+           'add_result', 'main']
 
 # %% ../nbs/63_speed.ipynb #52ca3bf8
 import argparse, itertools, json, os, statistics, subprocess, sys, tempfile, time
@@ -30,9 +31,11 @@ from .optimise import Run
 from .preprocess import Reference, load_reference
 from .recipe import Recipe
 from .sds import alphas_cumprod
+from .raster import rasterize, zbuffer_trouble
 from .shading import Shading, View
 from .show import UserError, atomic_write, data_folder, default_device, spent_ms
 from .stable_diffusion import LatentDiffusion, StableDiffusionPrior
+from .tets import marching_tets
 from .toybox import Toy, parse_toy
 from .zero123 import Zero123Prior, tell_one_token
 
@@ -432,6 +435,39 @@ def measure_surface(
     scene.zero_grad()
     return out
 
+# %% ../nbs/63_speed.ipynb #ac0e0002
+def measure_accelerators(
+    scene: DMTet,
+    camera: Camera,
+    repeats: int = 20,
+) -> dict: # By library and task: 'ours' and 'theirs'; empty where none is installed
+    "Optional libraries, those that work here, and our own code"
+    device, out = scene.sdf.device, {}
+    def beside(task, ours, theirs): out[task] = dict(ours=time_it(ours, device, repeats), theirs=time_it(theirs, device, repeats))
+    if 'tinycudann' in working_backends(device):
+        import tinycudann
+        ours = HashGrid().to(device, torch.float16)
+        r = ours.layout.resolution
+        theirs = tinycudann.Encoding(3, dict(otype='HashGrid', n_levels=len(r), n_features_per_level=ours.features, log2_hashmap_size=19, base_resolution=r[0],
+            per_level_scale=(r[-1]/r[0])**(1/(len(r) - 1)), interpolation='Smoothstep'), dtype=torch.float16)
+        for e, kind in itertools.product((19, 21), ('random', 'rays')):
+            x = some_points(2**e, kind, device)
+            g = torch.randn(len(x), ours.width, device=device, dtype=torch.float16)
+            beside(f'tiny-cuda-nn: grid at 2^{e} {kind} points', *(lambda net=net, p=p: torch.autograd.grad(net(x), p, g) for net, p in ((ours, ours.table), (theirs, theirs.params))))
+    with torch.no_grad(): vertices, faces = (o.contiguous() for o in scene.mesh())
+    if not zbuffer_trouble('nvdiffrast', device):
+        seen = lambda backend: rasterize(camera, vertices, faces, backend=backend)
+        beside('nvdiffrast: which triangle, and where', lambda: seen('auto'), lambda: seen('nvdiffrast'))
+        def drawn(backend):
+            with mocked.object(scene, 'backend', backend): scene.render(camera, Shading('lambertian', .3)).rgb.square().sum().backward()
+        beside('nvdiffrast: from lattice to gradients', lambda: drawn('auto'), lambda: drawn('nvdiffrast'))
+        scene.zero_grad()
+    try: from kaolin.ops.conversions import marching_tetrahedra
+    except Exception: return out # importing it can raise anything
+    places, tets, sdf = scene.vertices[None], scene.tets.long(), scene.sdf.detach()[None]
+    beside('kaolin: marching tetrahedra', lambda: marching_tets(places[0], sdf[0], scene.tets), lambda: marching_tetrahedra(places, tets, sdf))
+    return out
+
 # %% ../nbs/63_speed.ipynb #32902c16
 def _fit_steps(device): return (300, 2**16) if device.type == 'cuda' else (120, 4096)
 
@@ -667,7 +703,7 @@ def measure_job(
         largest=sorted(spent, key=spent.get)[:-3:-1])
 
 # %% ../nbs/63_speed.ipynb #3175ad7e
-PARTS = 'startup', 'job', 'objects', 'hashgrid', 'volume', 'surface', 'priors', 'coarse', 'fine', 'scaling'
+PARTS = 'startup', 'job', 'objects', 'hashgrid', 'volume', 'surface', 'accelerators', 'priors', 'coarse', 'fine', 'scaling'
 
 def about(
     device: torch.device,
@@ -710,6 +746,7 @@ def measure(
     if 'hashgrid' in parts: note('hashgrid', alone(lambda: measure_hashgrid(device, backends=working_backends(device), repeats=repeats, **small)))
     if 'volume' in parts: note('volume', alone(lambda: measure_volume(desk.coarse, camera('coarse'), repeats)))
     if 'surface' in parts: note('surface', alone(lambda: measure_surface(desk.fine, camera('fine'), repeats)))
+    if 'accelerators' in parts and full: note('accelerators', alone(lambda: measure_accelerators(desk.fine, camera('fine'), repeats)))
     if 'priors' in parts: note('priors', alone(lambda: {str(size): {k: round(v, 3) for k, v in prior_speed(desk.prior, size=size, repeats=20 if full else 3).items()}
         for size in (recipe.coarse.resolution, recipe.fine.resolution)}))
     for name in ('coarse', 'fine'):
@@ -740,7 +777,7 @@ def add_result(
         stages = [group[s] for s in ('coarse', 'fine')]
         group['seconds_both_stages'] = round(sum(s['seconds'] for s in stages), 1)
         if 'peak_allocated_gib' in stages[0]: group['peak_allocated_gib'] = max(s['peak_allocated_gib'] for s in stages)
-        if setting == 'cuda graphs': results |= {k: group[k] for k in ('seconds_both_stages', 'peak_allocated_gib') if k in group}
+        if setting.partition(' (')[0] == 'cuda graphs': results |= {k: group[k] for k in ('seconds_both_stages', 'peak_allocated_gib') if k in group} | dict(measured_on=about.get('gpu'))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(results, indent=1) + '\n')
 

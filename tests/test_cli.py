@@ -290,6 +290,11 @@ def test_help(shell):
     code, said = shell('run', '--help', '--recipe', 'official')
     assert code == 0 and '--coarse.weights.normal-tv' in said and '5000' in said
 
+def test_a_reader_who_has_seen_enough():
+    command = subprocess.Popen([sys.executable, '-m', 'magic123.cli', 'run', '--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait()) == ('', 141)
+
 def test_doctor(shell):
     code, said = shell('doctor')
     assert code in (0, 1) and all(w in said for w in ('torch', 'numba', 'nvdiffrast', 'tinycudann', 'kaolin', 'ffmpeg', 'usd', 'tiny 2D prior', 'full 3D prior', 'magic123 weights fetch'))
