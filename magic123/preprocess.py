@@ -258,7 +258,7 @@ def network_mask(
 
 # %% ../nbs/10_preprocess.ipynb #acece925
 MASKS = 'auto', 'alpha', 'rembg', 'tiny', 'grabcut'
-SURE = .6 # Below, 'auto' does not believe the book's own mask network
+SURE = .8 # Below, 'auto' does not believe the book's own mask network
 
 def _mask_file(path, size, notes):
     if not Path(path).is_file(): raise UserError(f'There is no mask "{path}"', f'Choose one of {", ".join(MASKS)}, or a mask file')

@@ -192,6 +192,7 @@ class DMTetSettings(Settings):
     margin: float = setting(.1, 'official code (nerf/renderer.py)', 'Room around the object', ge=0, le=1)
     samples: int = setting(128, 'official code (nerf/renderer.py): its occupancy grid', 'Points along an edge of the grid that looks for the object', ge=8, le=512)
     carve: float | None = setting(None, 'paper and official code: not done', 'Cut the first surface to the visual hull of the photo\'s mask, and this many lattice cells outside it', ge=0, le=10)
+    calm: int = setting(0, 'paper and official code: not done', 'Rounds of averaging the distances to the first surface, against the grain of a short coarse stage; thin parts stay', ge=0, le=100)
     backend: Literal['auto', 'torch', 'numba', 'triton', 'nvdiffrast'] = setting('auto', 'ours: see 31_raster; the official code takes nvdiffrast', 'Who finds the triangle at each pixel: the fastest that needs no compiler, or the one that is named')
 
 class ExportSettings(Settings):

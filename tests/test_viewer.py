@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     from magic123.image_to_mesh import Job, reconstruct
     home = tmp_path_factory.mktemp('runs')
     disc().save(home/'disc.png')
-    for name, steps, weight in (('one', 24, 0), ('two', 6, .3)):
+    for name, steps, weight in (('one', 24, 0), ('two', 6, .6)):
         recipe = MINIATURE | dict(photo=dict(depth='none'), coarse=MINIATURE['coarse'] | dict(steps=steps))
         reconstruct(home/'disc.png', home/name, 'quick', say=lambda text: None, **recipe, **WITHOUT_PRIORS)
         job = Job.open(home/name)
