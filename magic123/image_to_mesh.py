@@ -555,7 +555,7 @@ def evaluate_coarse(
     job, nerf = Job.open(folder), coarse_scene(folder)
     found = dict(reference=evaluate_reference(nerf, kept_reference(job)))
     if job.toy is None: return found
-    with torch.no_grad(): surface = DMTet.from_nerf(nerf, **job.recipe.dmtet.model_dump() | dict(carve=None)).mesh()
+    with torch.no_grad(): surface = DMTet.from_nerf(nerf, **job.recipe.dmtet.model_dump() | dict(carve=None, calm=0)).mesh()
     return found | dict(held_out=evaluate_held_out(nerf, job.toy) | evaluate_geometry(*surface, job.toy))
 
 def final_scene(

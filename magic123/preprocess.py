@@ -193,7 +193,7 @@ def grabcut_mask(
     cv2.setRNGSeed(0)
     start = _first_guess(small) if guess is None else _likely(cv2.resize(guess, small.shape[1::-1], interpolation=cv2.INTER_AREA))
     is_object = lambda: np.isin(start, (cv2.GC_FGD, cv2.GC_PR_FGD))
-    if not is_object().any() or is_object().all(): return np.full((h, w), is_object().all(), np.float32)
+    if (share := is_object().mean()) in (0, 1): return np.full((h, w), share, np.float32) # GrabCut wants some of either
     cv2.grabCut(small[..., ::-1].copy(), start, None, np.zeros((1, 65)), np.zeros((1, 65)), 8, cv2.GC_INIT_WITH_MASK)
     mask = _without_specks(is_object()).astype(np.float32)
     mask = cv2.resize(cv2.GaussianBlur(mask, (0, 0), .8), (w, h), interpolation=cv2.INTER_CUBIC)
