@@ -108,8 +108,8 @@ def _pixels(height, width, device, dtype): # pixel centres, to the right and up:
 @patch
 def rays(self: Camera) -> tuple[Tensor, Tensor]: # Origins and directions: (H,W,3) each
     "A ray through every pixel's centre, of unit depth"
-    right, up, back = self.c2w[:3, :3].unbind(1)
-    d = torch.addmm(back, _pixels(self.height, self.width, self.c2w.device, self.c2w.dtype), torch.stack([right, up]), beta=-1, alpha=1/self.focal)
+    across, back = self.c2w[:3, :2], self.c2w[:3, 2]
+    d = torch.addmm(back, _pixels(self.height, self.width, self.c2w.device, self.c2w.dtype), across.t(), beta=-1, alpha=1/self.focal)
     return self.origin.expand_as(d).view(self.height, self.width, 3), d.view(self.height, self.width, 3)
 
 @patch

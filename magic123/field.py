@@ -61,22 +61,20 @@ def _triton_mlp():
         return ptr + r*down + j[:, None].to(tl.int64)*across, (r < n) & (j[:, None] < columns)
 
     @triton.jit
-    def _places(w_ptr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr): # of each weight and bias
+    def _places(w1, b1, w2, b2, w3, b3, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr): # of each weight and bias
         i, j, o = tl.arange(0, K)[None, :], tl.arange(0, H), tl.arange(0, 16)[:, None]
-        second = w_ptr + H*WIDTH + H
-        third = second + H*H + H
-        return w_ptr + j[:, None]*WIDTH + i, w_ptr + H*WIDTH + j[:, None], second + j[:, None]*H + j[None, :], second + H*H + j[:, None], third + o*H + j[None, :], third + 4*H + o
+        return w1 + j[:, None]*WIDTH + i, b1 + j[:, None], w2 + j[:, None]*H + j[None, :], b2 + j[:, None], w3 + o*H + j[None, :], b3 + o
 
     @triton.jit
-    def _weights(w_ptr, i, o, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr):
-        p, p_, q, q_, r, r_ = _places(w_ptr, WIDTH, K, H)
+    def _weights(w1, b1, w2, b2, w3, b3, i, o, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr):
+        p, p_, q, q_, r, r_ = _places(w1, b1, w2, b2, w3, b3, WIDTH, K, H)
         W1, W2, W3 = _eleven(tl.load(p, i[None, :] < IN, 0.)), _eleven(tl.load(q)), _eleven(tl.load(r, o[:, None] < 4, 0.))
         return W1, tl.load(p_), W2, tl.load(q_), W3, tl.load(r_, o[:, None] < 4, 0.)
 
     @triton.jit
-    def forward(x_ptr, w_ptr, h_ptr, n, down, across, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    def forward(x_ptr, w1, b1, w2, b2, w3, b3, h_ptr, n, down, across, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
         i, o = tl.arange(0, K), tl.arange(0, 16)
-        W1, b1, W2, b2, W3, b3 = _weights(w_ptr, i, o, IN, WIDTH, K, H)
+        W1, b1, W2, b2, W3, b3 = _weights(w1, b1, w2, b2, w3, b3, i, o, IN, WIDTH, K, H)
         for block in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK), tl.num_programs(0), disable_licm=True):
             at, here = _tile(x_ptr, block, n, i, IN, down, across, BLOCK)
             a = _eleven(_relu(tl.dot(W1, _eleven(tl.load(at, here, 0.))) + b1))
@@ -85,9 +83,9 @@ def _triton_mlp():
             tl.store(at, tl.trans(tl.dot(tl.trans(b), tl.trans(W3))) + b3, here)
 
     @triton.jit
-    def backward(x_ptr, w_ptr, dh_ptr, dx_ptr, dw_ptr, n, down, across, ddown, dacross, DX: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    def backward(x_ptr, w1, b1, w2, b2, w3, b3, dh_ptr, dx_ptr, dw_ptr, n, down, across, ddown, dacross, DX: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
         i, o = tl.arange(0, K), tl.arange(0, 16)
-        W1, b1, W2, b2, W3, b3 = _weights(w_ptr, i, o, IN, WIDTH, K, H)
+        W1, b1, W2, b2, W3, b3 = _weights(w1, b1, w2, b2, w3, b3, i, o, IN, WIDTH, K, H)
         dW1, dW2, dW3 = tl.zeros((H, K), tl.float32), tl.zeros((H, H), tl.float32), tl.zeros((H, 16), tl.float32)
         db1, db2, db3 = tl.zeros((H, 1), tl.float32), tl.zeros((H, 1), tl.float32), tl.zeros((16, 1), tl.float32)
         for block in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK), tl.num_programs(0), disable_licm=True):
@@ -111,7 +109,10 @@ def _triton_mlp():
             if DX:
                 at, here = _tile(dx_ptr, block, n, i, IN, ddown, dacross, BLOCK)
                 tl.store(at, tl.trans(tl.dot(tl.trans(da), W1)), here)
-        p, p_, q, q_, r, r_ = _places(dw_ptr + tl.program_id(0)*(H*WIDTH + H*H + 6*H + 4), WIDTH, K, H)
+        first = dw_ptr + tl.program_id(0)*(H*WIDTH + H*H + 6*H + 4)
+        second = first + H*WIDTH + H
+        third = second + H*H + H
+        p, p_, q, q_, r, r_ = _places(first, first + H*WIDTH, second, second + H*H, third, third + 4*H, WIDTH, K, H)
         tl.store(p, dW1, i[None, :] < IN)
         tl.store(p_, db1)
         tl.store(q, dW2)
@@ -128,23 +129,24 @@ def _mlp_launch(x, inputs, hidden, rows, warps, stages, programs):
 
 class _MLP(torch.autograd.Function): # three layers in one kernel, there and back; of `x`, the first `inputs` columns
     @staticmethod
-    def forward(ctx, x, weights, inputs, hidden):
-        ctx.save_for_backward(x, weights)
+    def forward(ctx, x, inputs, hidden, *weights):
+        ctx.save_for_backward(x, *weights)
         ctx.rest, h = (inputs, hidden), x.new_empty(len(x), 4)
         programs, options = _mlp_launch(x, *ctx.rest, *_THERE)
         with torch.cuda.device_of(x):
-            if programs: _triton_mlp()[0][programs,](x, weights, h, len(x), *x.stride(), **options)
+            if programs: _triton_mlp()[0][programs,](x, *weights, h, len(x), *x.stride(), **options)
         return h
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (x, weights), wanted = ctx.saved_tensors, ctx.needs_input_grad[0]
+        (x, *weights), wanted, inputs = ctx.saved_tensors, ctx.needs_input_grad[0], ctx.rest[0]
         programs, options = _mlp_launch(x, *ctx.rest, *_BACK)
-        dx, parts = torch.empty_like(x) if wanted else x, x.new_zeros(programs, len(weights))
-        if wanted: dx[:, ctx.rest[0]:] = 0
+        sizes, new = [w.numel() for w in weights], x.new_empty if inputs == x.shape[1] else x.new_zeros
+        dx, parts = torch.empty_like(x) if wanted else x, new(programs, sum(sizes))
+        if wanted and inputs < x.shape[1]: dx[:, inputs:] = 0
         with torch.cuda.device_of(x):
-            if programs: _triton_mlp()[1][programs,](x, weights, grad.contiguous(), dx, parts, len(x), *x.stride(), *dx.stride(), wanted, **options)
-        return dx if wanted else None, parts.sum(0), None, None
+            if programs: _triton_mlp()[1][programs,](x, *weights, grad.contiguous(), dx, parts, len(x), *x.stride(), *dx.stride(), wanted, **options)
+        return dx if wanted else None, None, None, *(g.view(w.shape) for g, w in zip(parts.sum(0).split(sizes), weights))
 
 @cache
 def _mlp_trouble(kind, width, inputs, hidden): # '' if Triton finds what torch finds, there and back, to the last digit: whole numbers of few bits lose nothing
@@ -157,7 +159,7 @@ def _mlp_trouble(kind, width, inputs, hidden): # '' if Triton finds what torch f
             for o in (x, *weights): o.requires_grad_()
             plain = x*(torch.arange(width, device=kind) < inputs)
             for n in 0, 2, 4: plain = F.linear(plain.relu() if n else plain, *weights[n:n+2])
-            for h in (_MLP.apply(x, torch.cat([w.flatten() for w in weights]), inputs, hidden), plain):
+            for h in (_MLP.apply(x, inputs, hidden, *weights), plain):
                 out.append([h, *torch.autograd.grad(h, [x, *weights], owed)])
         return all(map(torch.equal, *out))
     return trouble_with(check)
@@ -226,11 +228,10 @@ def _triton_meaning():
     def backward(h_ptr, x_ptr, dd_ptr, dc_ptr, dn_ptr, dh_ptr, n, height, shrink, DENSITY: tl.constexpr, ALBEDO: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
         here = i < n
-        if DENSITY: tl.store(dh_ptr + 4*i, tl.load(dd_ptr + i, here, 0.)*tl.exp(tl.minimum(_raw(h_ptr, x_ptr, i, here, height, shrink), 15.)), here)
-        if ALBEDO:
-            for k in tl.static_range(3):
-                c = 1/(1 + tl.exp(-tl.load(h_ptr + 4*i + 1 + k, here, 0.)))
-                tl.store(dh_ptr + 4*i + 1 + k, tl.load(dc_ptr + 3*i + k, here, 0.)*c*(1 - c), here)
+        tl.store(dh_ptr + 4*i, tl.load(dd_ptr + i, here, 0.)*tl.exp(tl.minimum(_raw(h_ptr, x_ptr, i, here, height, shrink), 15.)) if DENSITY else i*0., here)
+        for k in tl.static_range(3):
+            c = 1/(1 + tl.exp(-tl.load(h_ptr + 4*i + 1 + k, here, 0.)))
+            tl.store(dh_ptr + 4*i + 1 + k, tl.load(dc_ptr + 3*i + k, here, 0.)*c*(1 - c) if ALBEDO else i*0., here)
         if NORMAL:
             u, v, w, U, V, W, a, b, c, length = _diff(h_ptr, x_ptr, i, n, here, height, shrink)
             long = tl.maximum(length, 1e-10)
@@ -244,6 +245,8 @@ def _triton_meaning():
             tl.store(dh_ptr + 4*(i + 4*n), da*tl.exp(tl.minimum(U, 15.)), here)
             tl.store(dh_ptr + 4*(i + 5*n), db*tl.exp(tl.minimum(V, 15.)), here)
             tl.store(dh_ptr + 4*(i + 6*n), dc*tl.exp(tl.minimum(W, 15.)), here)
+            for m in tl.static_range(1, 7): # nobody asked the neighbours for their colours
+                for k in tl.static_range(1, 4): tl.store(dh_ptr + 4*(i + m*n) + k, i*0., here)
     return forward, backward
 
 class _Meaning(torch.autograd.Function): # `_meaning` in one kernel, there and back
@@ -260,7 +263,7 @@ class _Meaning(torch.autograd.Function): # `_meaning` in one kernel, there and b
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         h, x = ctx.saved_tensors
-        given, dh = {name: g.contiguous() for name, g in zip(ctx.what, grads)}, torch.zeros_like(h)
+        given, dh = {name: g.contiguous() for name, g in zip(ctx.what, grads)}, torch.empty_like(h)
         with torch.cuda.device_of(h): _triton_meaning()[1][-(-ctx.rest[0]//128),](h, x, *(given.get(name, h) for name in ('density', 'albedo', 'normal')), dh, *ctx.rest, BLOCK=128)
         return dh, *[None]*(3 + len(ctx.what))
 
@@ -282,9 +285,11 @@ def _meaning_trouble(kind): # '' if Triton finds what torch finds, there and bac
     return trouble_with(check)
 
 @cache
-def _six(eps, device, dtype):
+def _seven(eps, device, dtype): # steps: none, ahead, back
     step = eps*torch.eye(3, device=device, dtype=dtype)
-    return torch.cat([step, -step])[:, None]
+    return torch.cat([0*step[:1], step, -step])[:, None]
+
+_HALF = torch.tensor(.5)
 
 def _recall(field, _): field.active_levels = int(field._active)
 
@@ -327,12 +332,12 @@ class Field(nn.Module):
         if not h.is_cuda or h.dtype != torch.float32: return self.mlp(h)
         shape = self.grid.width, self.grid.features*min(self.active_levels, self.grid.levels), self.mlp[0].out_features
         if len(self.mlp) == 5 and shape[1] <= 64 and shape[2] in (16, 32, 64, 128) and not _mlp_trouble('cuda', *shape):
-            return _MLP.apply(h, torch.cat([w.flatten() for w in self.mlp.parameters()]), *shape[1:])
+            return _MLP.apply(h, *shape[1:], *self.mlp.parameters())
         for layer in self.mlp: h = _Product.apply(h, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(h)
         return h
 
     def _ask(self, x, *what):
-        h = self._network(self.grid((x + 1)/2, self.active_levels))
+        h = self._network(self.grid(torch.add(_HALF, x, alpha=.5), self.active_levels))
         fused = h.is_cuda and h.dtype == torch.float32 and len(h) and not x.requires_grad and not _meaning_trouble('cuda')
         return (_Meaning.apply if fused else _meaning)(h, x, self.blob_density, self.blob_radius, *what)
 
@@ -359,16 +364,16 @@ class Field(nn.Module):
         eps: float | None = None, # Half the distance between the two ends of a difference; `normal_eps` if None
     ) -> Tensor: # (N,3), unit length; 0 where the density is level
         "Where the density falls, by central differences (official code)"
-        return _fall(self.density(self._ends(x, eps or self.normal_eps)))
+        return _fall(self.density(self._about(x, eps or self.normal_eps)[len(x):]))
 
-    def _ends(self, x, eps):
-        return (x + _six(eps, x.device, x.dtype)).clamp(-1, 1).view(-1, 3) # neighbours of neighbours stay neighbours, which the grid likes
+    def _about(self, x, eps): # `x`, and the ends of its differences: neighbours of neighbours stay neighbours, which the grid likes
+        return (x + _seven(eps, x.device, x.dtype)).clamp(-1, 1).view(-1, 3)
 
     def around(self,
         x: Tensor, # (N,3)
     ) -> tuple[Tensor, Tensor, Tensor]: # Density: (N,), albedo: (N,3), normal: (N,3)
         "All there is to know about `x`, asked in one go"
-        return self._ask(torch.cat([x, self._ends(x, self.normal_eps)]), 'density', 'albedo', 'normal')
+        return self._ask(self._about(x, self.normal_eps), 'density', 'albedo', 'normal')
 
     def parameter_groups(self,
         table_lr: float = 1e-2, # Official code; the paper says 1e-3 for everything

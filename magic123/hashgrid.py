@@ -239,7 +239,7 @@ def _level_tensor(layout, device):
 def _triton_forward(x, table, layout, smooth, active):
     n, L, F = len(x), len(layout.resolution), table.shape[1]
     out = table.new_empty(L*F, n) # a feature's values side by side
-    out[active*F:] = 0
+    if active < L: out[active*F:] = 0
     with torch.cuda.device_of(x):
         if n and active: _triton_kernels()[0][-(-n//256), active](x, table.detach(), out, _level_tensor(layout, x.device), n, F, smooth, 256)
     return out.t()

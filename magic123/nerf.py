@@ -17,7 +17,7 @@ from .cameras import Camera
 from .field import Field
 from .hashgrid import pick_backend, trouble_with
 from .losses import entropy_loss, orientation_loss
-from .shading import Shading, View, composite, shade
+from .shading import MODES, Shading, View, composite, shade
 from .show import UserError, jit, load_numba, numba_threads
 
 # %% ../nbs/22_nerf.ipynb #c864265a
@@ -160,9 +160,9 @@ def _triton_march():
     import triton.language as tl
 
     @triton.jit(do_not_specialize=['write'])
-    def kernel(o_ptr, d_ptr, occupied_ptr, shift_ptr, start_ptr, count_ptr, ray_ptr, t_ptr, point_ptr, step, near, n, write, BLOCK: tl.constexpr):
+    def kernel(o_ptr, d_ptr, occupied_ptr, shift_ptr, start_ptr, count_ptr, ray_ptr, t_ptr, point_ptr, apart, across, step, near, n, write, BLOCK: tl.constexpr):
         r = tl.program_id(0)
-        ox, oy, oz = tl.load(o_ptr + 3*r), tl.load(o_ptr + 3*r + 1), tl.load(o_ptr + 3*r + 2)
+        ox, oy, oz = tl.load(o_ptr + apart*r), tl.load(o_ptr + apart*r + across), tl.load(o_ptr + apart*r + 2*across) # a camera's rays have one origin, kept once
         dx, dy, dz = tl.load(d_ptr + 3*r), tl.load(d_ptr + 3*r + 1), tl.load(d_ptr + 3*r + 2)
         sx, sy, sz = tl.where(tl.abs(dx) < 1e-9, 1e-9, dx), tl.where(tl.abs(dy) < 1e-9, 1e-9, dy), tl.where(tl.abs(dz) < 1e-9, 1e-9, dz)
         ax, ay, az = (-1 - ox)/sx, (-1 - oy)/sy, (-1 - oz)/sz
@@ -196,10 +196,10 @@ def _triton_march():
 
 def _march_triton(origins, directions, occupied, step, shift, near):
     R, device = len(origins), origins.device
-    rays = [o.contiguous() for o in (origins, directions)] + [occupied.contiguous().view(torch.uint8), shift.contiguous()]
-    start, count = torch.zeros(R+1, dtype=torch.long, device=device), torch.zeros(R, dtype=torch.long, device=device)
+    rays = origins, directions.contiguous(), occupied.contiguous().view(torch.uint8), shift.contiguous()
+    start, count = torch.zeros(R+1, dtype=torch.long, device=device), torch.empty(R, dtype=torch.long, device=device)
     def go(ray, t, points, write):
-        with torch.cuda.device_of(start): _triton_march()[R,](*rays, start, count, ray, t, points, step, near, len(occupied), write, BLOCK=128, num_warps=1)
+        with torch.cuda.device_of(start): _triton_march()[R,](*rays, start, count, ray, t, points, *origins.stride(), step, near, len(occupied), write, BLOCK=128, num_warps=1)
     if R: go(count, shift, shift, 0)
     torch.cumsum(count, 0, out=start[1:])
     n = int(start[-1])
@@ -267,9 +267,9 @@ def along_rays(
     "Add up the samples of each ray"
     return torch.segment_reduce(values.contiguous(), 'sum', offsets=samples.start, initial=0, unsafe=True)
 
-def _collect_torch(density, colour, normal, samples, step):
+def _collect_torch(density, colour, normal, samples, step, shading, light):
     T, alpha = transmittance(density, samples, step)
-    w = T*alpha
+    w, colour = T*alpha, shade(colour, normal, shading.mode, light, shading.ambient)
     values = [w[:, None]*colour, w[:, None], (w*samples.t)[:, None]]
     if normal is not None: values.append(w.detach()[:, None]*normal)
     return along_rays(torch.cat(values, 1), samples), w
@@ -280,7 +280,7 @@ def _side(device): return torch.cuda.Stream(device)
 
 @functools.cache
 def _triton_light():
-    global tl, _through
+    global tl, _through, _towards, _lit
     import triton
     import triton.language as tl
 
@@ -305,7 +305,18 @@ def _triton_light():
         tl.store(count_ptr + r, count.to(tl.int64))
 
     @triton.jit
-    def forward(density_ptr, colour_ptr, normal_ptr, t_ptr, start_ptr, w_ptr, out_ptr, step, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+    def _towards(lx, ly, lz, three): return tl.where(three == 0, lx, tl.where(three == 1, ly, lz))
+
+    @triton.jit
+    def _lit(paint_ptr, normal_ptr, lx, ly, lz, ambient, at, real, three, MODE: tl.constexpr): # as `shade`: the paint, how far it faces the light, how much comes back
+        paint = tl.full(at.shape, 1., tl.float32) if MODE == 2 else tl.load(paint_ptr + at, real, 0.)
+        facing = tl.sum(paint*0, 1)
+        if MODE == 1 or MODE == 2: facing = tl.sum(tl.load(normal_ptr + at, real, 0.)*_towards(lx, ly, lz, three), 1)
+        lit = ambient + (1 - ambient)*tl.maximum(facing, 0.) if MODE == 1 or MODE == 2 else facing + 1
+        return paint, facing, lit
+
+    @triton.jit
+    def forward(density_ptr, paint_ptr, normal_ptr, t_ptr, start_ptr, w_ptr, out_ptr, lx, ly, lz, ambient, step, MODE: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
         r, three = tl.program_id(0), tl.arange(0, 4)[None, :]
         first, last, before = tl.load(start_ptr + r), tl.load(start_ptr + r + 1), 0.
         c, n, a, d = tl.zeros((4,), tl.float32), tl.zeros((4,), tl.float32), 0., 0.
@@ -317,7 +328,8 @@ def _triton_light():
             tl.store(w_ptr + i, w, here)
             a += tl.sum(w, 0)
             d += tl.sum(w*tl.load(t_ptr + i, here, 0.), 0)
-            c += tl.sum(w[:, None]*tl.load(colour_ptr + at, here[:, None] & (three < 3), 0.), 0)
+            paint, facing, lit = _lit(paint_ptr, normal_ptr, lx, ly, lz, ambient, at, here[:, None] & (three < 3), three, MODE)
+            c += tl.sum((w*lit)[:, None]*paint, 0)
             if NORMAL: n += tl.sum(w[:, None]*tl.load(normal_ptr + at, here[:, None] & (three < 3), 0.), 0)
             first += BLOCK
         k = tl.arange(0, 4)
@@ -328,7 +340,7 @@ def _triton_light():
         if NORMAL: tl.store(out_ptr + r*width + 5 + k, n, k < 3)
 
     @triton.jit
-    def backward(density_ptr, colour_ptr, t_ptr, start_ptr, w_ptr, out_ptr, dw_ptr, dd_ptr, dc_ptr, dn_ptr, step, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+    def backward(density_ptr, paint_ptr, normal_ptr, t_ptr, start_ptr, w_ptr, out_ptr, dw_ptr, dd_ptr, dp_ptr, dn_ptr, lx, ly, lz, ambient, step, MODE: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
         r, three, width = tl.program_id(0), tl.arange(0, 4)[None, :], 8 if NORMAL else 5
         begin, last, before, rest = tl.load(start_ptr + r), tl.load(start_ptr + r + 1), 0., 0.
         rgb = tl.load(out_ptr + r*width + three, three < 3, 0.)
@@ -337,21 +349,27 @@ def _triton_light():
         while first < last:
             i = first + tl.arange(0, BLOCK)
             here = i < last
-            G = tl.load(dw_ptr + i, here, 0.) + tl.sum(tl.load(colour_ptr + i[:, None]*3 + three, here[:, None] & (three < 3), 0.)*rgb, 1) + a + d*tl.load(t_ptr + i, here, 0.)
+            paint, facing, lit = _lit(paint_ptr, normal_ptr, lx, ly, lz, ambient, i[:, None]*3 + three, here[:, None] & (three < 3), three, MODE)
+            G = tl.load(dw_ptr + i, here, 0.) + lit*tl.sum(paint*rgb, 1) + a + d*tl.load(t_ptr + i, here, 0.)
             rest += tl.sum(G*tl.load(w_ptr + i, here, 0.), 0)
             first += BLOCK
         first = begin
         while first < last:
             i = first + tl.arange(0, BLOCK)
             here, at = i < last, i[:, None]*3 + three
-            G = tl.load(dw_ptr + i, here, 0.) + tl.sum(tl.load(colour_ptr + at, here[:, None] & (three < 3), 0.)*rgb, 1) + a + d*tl.load(t_ptr + i, here, 0.)
+            paint, facing, lit = _lit(paint_ptr, normal_ptr, lx, ly, lz, ambient, at, here[:, None] & (three < 3), three, MODE)
+            back = tl.sum(paint*rgb, 1)
+            G = tl.load(dw_ptr + i, here, 0.) + lit*back + a + d*tl.load(t_ptr + i, here, 0.)
             w = tl.load(w_ptr + i, here, 0.)
             T, alpha, after, before = _through(density_ptr, i, here, step, before)
             slope = G*after - (rest - tl.cumsum(G*w, 0))
             rest -= tl.sum(G*w, 0)
             tl.store(dd_ptr + i, tl.where(tl.load(density_ptr + i, here, 0.)*step < 50, slope*step, 0.), here)
-            tl.store(dc_ptr + at, w[:, None]*rgb, here[:, None] & (three < 3))
-            if NORMAL: tl.store(dn_ptr + at, w[:, None]*tl.load(out_ptr + r*width + 5 + three, three < 3, 0.), here[:, None] & (three < 3))
+            if MODE != 2: tl.store(dp_ptr + at, (w*lit)[:, None]*rgb, here[:, None] & (three < 3))
+            if NORMAL:
+                dn = w[:, None]*tl.load(out_ptr + r*width + 5 + three, three < 3, 0.)
+                if MODE == 1 or MODE == 2: dn += tl.where(facing >= 0, (1 - ambient)*w*back, 0.)[:, None]*_towards(lx, ly, lz, three)
+                tl.store(dn_ptr + at, dn, here[:, None] & (three < 3))
             first += BLOCK
 
     @triton.jit
@@ -381,25 +399,31 @@ def _first(samples, count): # so many of each ray
     with torch.cuda.device_of(t): _triton_light()[3][len(count),](samples.start, start, samples.t, samples.points, ray, t, points, BLOCK=64, num_warps=1)
     return Samples(ray, t, start, points)
 
+_LIT = dict(lambertian=1, textureless=2)
+
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, density, colour, normal, t, start, step):
+    def forward(ctx, density, paint, normal, t, start, *rest):
         R, w = len(start) - 1, torch.empty_like(density)
-        out = density.new_empty(R, 5 if normal is None else 8)
-        with torch.cuda.device_of(density): _triton_light()[1][R,](density, colour, density if normal is None else normal, t, start, w, out, step, normal is not None, BLOCK=32, num_warps=1)
-        ctx.save_for_backward(density, colour, t, start, w)
-        ctx.step, ctx.normal = step, normal is not None
+        out, ctx.rest = density.new_empty(R, 5 if normal is None else 8), (*rest, normal is not None)
+        seen = density, paint, density if normal is None else normal # stands where nobody looks
+        with torch.cuda.device_of(density): _triton_light()[1][R,](*seen, t, start, w, out, *ctx.rest, BLOCK=32, num_warps=1)
+        ctx.save_for_backward(*seen, t, start, w)
         return out, w
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dw):
-        density, colour, t, start, w = ctx.saved_tensors
-        dd, dc, dn = torch.empty_like(density), torch.empty_like(colour), torch.empty_like(colour) if ctx.normal else None
-        with torch.cuda.device_of(density): _triton_light()[2][len(dout),](density, colour, t, start, w, dout.contiguous(), dw.contiguous(), dd, dc, dc if dn is None else dn, ctx.step, ctx.normal, BLOCK=32, num_warps=1)
-        return dd, dc, dn, None, None, None
+        density, paint, *_ = saved = ctx.saved_tensors
+        *_, mode, normal = ctx.rest
+        dd, dp, dn = torch.empty_like(density), None if mode == 2 else torch.empty_like(paint), torch.empty_like(paint) if normal else None
+        with torch.cuda.device_of(density): _triton_light()[2][len(dout),](*saved, dout.contiguous(), dw.contiguous(), *(dd if o is None else o for o in (dd, dp, dn)), *ctx.rest, BLOCK=32, num_warps=1)
+        return dd, dp, dn, *[None]*8
 
-def _collect_triton(density, colour, normal, samples, step):
-    return _Collect.apply(density.contiguous(), colour.contiguous(), None if normal is None else normal.contiguous(), samples.t, samples.start, step)
+def _collect_triton(density, colour, normal, samples, step, shading, light):
+    mode = _LIT.get(shading.mode, 0)
+    if not mode: colour = shade(colour, normal, shading.mode)
+    return _Collect.apply(density.contiguous(), colour.contiguous(), None if normal is None else normal.contiguous(), samples.t, samples.start,
+        *(light.tolist() if mode else (0., 0., 0.)), float(shading.ambient), step, mode)
 
 @functools.cache
 def _collect_trouble(kind): # '' if Triton finds what torch finds, there and back
@@ -407,32 +431,38 @@ def _collect_trouble(kind): # '' if Triton finds what torch finds, there and bac
     counts = torch.tensor([0, 40, 1, 0, 90, 3])
     samples = Samples.pack(torch.arange(6).repeat_interleave(counts).to(kind), torch.rand(134, generator=some).to(kind), 6)
     given = [o.to(kind).requires_grad_() for o in ((torch.randn(134, generator=some)*3).exp(), torch.rand(134, 3, generator=some), torch.randn(134, 3, generator=some))]
+    light = F.normalize(torch.randn(3, generator=some), dim=0).to(kind)
     def check():
-        found = []
+        pairs = []
         with torch.enable_grad():
-            for collect in (_collect_triton, _collect_torch):
-                out, w = collect(*given, samples, .1)
-                found.append([out, w, *torch.autograd.grad(out.sin().sum() + w.square().sum(), given)])
+            for mode in MODES:
+                found = []
+                for collect in (_collect_triton, _collect_torch):
+                    out, w = collect(*given, samples, .1, Shading(mode, .3), light)
+                    found.append([out, w, *torch.autograd.grad(out.sin().sum() + w.square().sum(), given, allow_unused=True, materialize_grads=True)])
+                pairs += zip(*found)
         T = transmittance(given[0], samples, .1)[0]
         seen, samples.points = torch.bincount(samples.ray[T > 1e-3], minlength=6), given[1].detach()
         some, few = _first(samples, seen), samples[T > 1e-3]
         if not (torch.equal(some.ray, few.ray) and torch.equal(some.t, few.t) and torch.equal(some.start, few.start) and torch.equal(some.points, samples.points[T > 1e-3])): return False
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*found)) and (seen - _reach(given[0].detach(), samples, .1, 1e-3)).abs().sum() <= 1
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs) and (seen - _reach(given[0].detach(), samples, .1, 1e-3)).abs().sum() <= 1
     return trouble_with(check)
 
 def collect_light(
     density: Tensor, # (N,)
-    colour: Tensor, # (N,3)
+    colour: Tensor, # The paint: (N,3)
     normal: Tensor | None, # (N,3), or None
     samples: Samples, # Where
     step: float, # Distance between samples
+    shading: Shading = Shading(), # How the samples are lit; all but the bare paint needs normals
+    light: Tensor | None = None, # (3,), as for `shade`
     backend: str = 'auto', # 'torch', 'triton' (GPU), or the fastest that works
 ) -> tuple[Tensor, Tensor]: # Sums along each ray of w c, w, w t, and w n with w held still: (R,5) or (R,8); w: (N,)
     "What each ray brings home"
     collects = dict(torch=_collect_torch, triton=_collect_triton)
     if backend == 'auto': backend = 'triton' if density.is_cuda and len(samples) and not _collect_trouble('cuda') else 'torch'
     if backend not in collects: raise ValueError(f"backend {backend!r} is none of 'auto', {', '.join(map(repr, collects))}")
-    return collects[backend](density, colour, normal, samples, step)
+    return collects[backend](density, colour, normal, samples, step, shading, light)
 
 # %% ../nbs/22_nerf.ipynb #98444731
 def _slope(points, depth, axis):
@@ -536,11 +566,13 @@ class NeRF(nn.Module):
         here.wait_stream(stream)
         for t in kept: t.record_stream(here)
 
-    def _trace(self, origins, directions, shading, light, generator, per_sample):
+    def _march(self, origins, directions, generator, kept):
+        samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
+        kept += [o for o in (samples.ray, samples.t, samples.start, samples.points) if o is not None]
+        return samples
+
+    def _trace(self, origins, directions, samples, shading, light, per_sample):
         at = lambda s: torch.addcmul(origins.index_select(0, s.ray), s.t[:, None], directions.index_select(0, s.ray)) if s.points is None else s.points
-        with self._early() as kept:
-            samples = march(origins, directions, self.occupancy.occupied, self.step, generator)
-            kept += [o for o in (samples.ray, samples.t, samples.start, samples.points) if o is not None]
         points, some = at(samples), self.stop > 0 and len(samples) > 0
         if some and not per_sample and not points.is_cuda: samples, density, colour, *normal = self._ask_seen(samples, points)
         else:
@@ -550,10 +582,8 @@ class NeRF(nn.Module):
             ask, size = (self.field.around, 2**15) if per_sample else (self.field, 2**17)
             density, colour, *normal = _in_chunks(ask, size, points, forget=self.low_memory)
         normal, aux = normal[0] if normal else None, {}
-        if per_sample:
-            aux = dict(normals=normal, directions=directions.index_select(0, samples.ray))
-            colour = shade(colour, normal, shading.mode, light, shading.ambient)
-        sums, w = collect_light(density, colour, normal, samples, self.step)
+        if per_sample: aux = dict(normals=normal, directions=directions, ray=samples.ray)
+        sums, w = collect_light(density, colour, normal, samples, self.step, shading, light)
         return sums, dict(weights=w) | aux
 
     def render(self,
@@ -566,15 +596,20 @@ class NeRF(nn.Module):
         "What `camera` sees"
         device = self.occupancy.density.device
         H, W, normals = camera.height, camera.width, normals or shading.needs_normals
-        light = shading.towards(camera).to(device, non_blocking=device.type == 'cuda')
+        light, per_sample, parts = shading.towards(camera), normals and self.normals == 'density', []
+        size = H*W if torch.is_grad_enabled() else 2**16 if device.type == 'cuda' else 2**13
         with self._early() as kept:
             camera = camera.to(device)
             rays = [o.reshape(-1, 3) for o in camera.rays()]
             kept += [camera.c2w, *rays]
-        per_sample = normals and self.normals == 'density'
-        size = len(rays[0]) if torch.is_grad_enabled() else 2**16 if device.type == 'cuda' else 2**13
-        parts = [self._trace(o, d, shading if per_sample else Shading(), light, generator, per_sample) for o, d in zip(*(r.split(size) for r in rays))]
-        rgb, alpha, depth, normal = torch.cat([p for p, _ in parts]).view(H, W, -1).split([3, 1, 1, 3*per_sample], -1)
+            some = list(zip(*(r.split(size) for r in rays)))
+            samples = self._march(*some[0], generator, kept)
+        for i, part in enumerate(some):
+            if i:
+                with self._early() as kept: samples = self._march(*part, generator, kept)
+            parts.append(self._trace(*part, samples, shading if per_sample else Shading(), light, per_sample))
+        sums = torch.cat([p for p, _ in parts]) if len(parts) > 1 else parts[0][0]
+        rgb, alpha, depth, normal = sums.view(H, W, -1).split([3, 1, 1, 3*per_sample], -1)
         if normals and not per_sample:
             normal = depth_normals(depth, alpha, camera)
             if shading.needs_normals:
@@ -590,7 +625,7 @@ class NeRF(nn.Module):
         aux = view.aux
         if not len(aux.get('weights', ())): return {}
         terms = dict(entropy=entropy_loss(aux['weights']))
-        if 'normals' in aux: terms['orient'] = orientation_loss(aux['weights'], aux['normals'], aux['directions'])
+        if 'normals' in aux: terms['orient'] = orientation_loss(aux['weights'], aux['normals'], aux['directions'].index_select(0, aux['ray']))
         return terms
 
     def parameter_groups(self) -> list[dict]:

@@ -393,17 +393,18 @@ def measure_volume(
     camera: Camera,
     repeats: int = 20,
 ) -> dict:
-    "A lit view, forward and back, with few and with all levels"
+    "A lit view, forward, and back from given gradients of its colours and normals, with few and with all levels"
     device, rng, out = nerf.occupancy.density.device, torch.Generator().manual_seed(0), {}
     levels = nerf.field.grid.levels
-    colours = torch.rand(camera.height, camera.width, 3, device=device)
+    colours, slopes = torch.rand(2, camera.height, camera.width, 3, device=device)
     for active in sorted({max(1, levels - nerf.masked_levels), levels}):
         nerf.field.active_levels = active
         def forward():
             with torch.no_grad(): nerf.render(camera, Shading('lambertian', .3), generator=rng)
         def both():
+            nerf.zero_grad() # as before every step
             view = nerf.render(camera, Shading('lambertian', .3), generator=rng)
-            ((view.rgb*colours).sum() + view.normal.square().sum()).backward()
+            torch.autograd.backward((view.rgb, view.normal), (colours, slopes))
         out[f'{active} levels'] = dict(forward=time_it(forward, device, repeats), both=time_it(both, device, repeats))
         with counted_samples() as marched: view = nerf.render(camera, Shading('lambertian', .3), generator=rng)
         out[f'{active} levels'] |= dict(samples_marched=sum(marched), samples_kept=len(view.aux.get('weights', ())))
