@@ -197,7 +197,7 @@ def test_worker_killed_in_the_middle(tmp_path):
     disc().save(tmp_path/'disc.png')
     recipe = MINIATURE | dict(photo=dict(depth='none'))
     (tmp_path/'miniature.json').write_text(json.dumps(recipe))
-    what = dict(notebook='reconstruct', objects=[str(tmp_path/'*.png')], seeds=[1, 2, 3], recipes=[str(tmp_path/'miniature.json')], settings=WITHOUT_PRIORS)
+    what = dict(notebook='reconstruct', objects=[str(tmp_path/'*.png')], seeds=[1, 2, 3], recipes=[str(tmp_path/'miniature.json')], settings=WITHOUT_PRIORS | {'coarse.t_range': [.1, .9]})
     (tmp_path/'grid.yaml').write_text(yaml.safe_dump(what))
     out = tmp_path/'out'
     process = start(tmp_path/'grid.yaml', '--out', out, '--workers', 2)
