@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .hashgrid import HashGrid, trouble_with
+from .hashgrid import HashGrid, _triton_backward, _triton_forward, pick_backend, trouble_with
 from .show import UserError
 
 # %% ../nbs/21_field.ipynb #c15607c7
@@ -127,26 +127,35 @@ def _mlp_launch(x, inputs, hidden, rows, warps, stages, programs):
     shape = dict(IN=inputs, WIDTH=x.shape[1], K=max(16, 1 << (inputs-1).bit_length()), H=hidden, BLOCK=rows)
     return min(-(-len(x)//rows), programs*chips), shape | dict(num_warps=warps*wide, num_stages=stages)
 
+def _mlp_there(x, inputs, hidden, weights):
+    h, (programs, options) = x.new_empty(len(x), 4), _mlp_launch(x, inputs, hidden, *_THERE)
+    with torch.cuda.device_of(x):
+        if programs: _triton_mlp()[0][programs,](x, *weights, h, len(x), *x.stride(), **options)
+    return h
+
+def _mlp_back(x, inputs, hidden, weights, dh, wanted=True): # gradients of `x`; of the weights, what each program adds up
+    programs, options = _mlp_launch(x, inputs, hidden, *_BACK)
+    new = x.new_empty if inputs == x.shape[1] else x.new_zeros
+    dx, parts = torch.empty_like(x) if wanted else x, new(programs, sum(w.numel() for w in weights))
+    if wanted and inputs < x.shape[1]: dx[:, inputs:] = 0
+    with torch.cuda.device_of(x):
+        if programs: _triton_mlp()[1][programs,](x, *weights, dh, dx, parts, len(x), *x.stride(), *dx.stride(), wanted, **options)
+    return dx if wanted else None, parts
+
+def _added_up(parts, weights): return (g.view(w.shape) for g, w in zip(parts.sum(0).split([w.numel() for w in weights]), weights))
+
 class _MLP(torch.autograd.Function): # three layers in one kernel, there and back; of `x`, the first `inputs` columns
     @staticmethod
     def forward(ctx, x, inputs, hidden, *weights):
         ctx.save_for_backward(x, *weights)
-        ctx.rest, h = (inputs, hidden), x.new_empty(len(x), 4)
-        programs, options = _mlp_launch(x, *ctx.rest, *_THERE)
-        with torch.cuda.device_of(x):
-            if programs: _triton_mlp()[0][programs,](x, *weights, h, len(x), *x.stride(), **options)
-        return h
+        ctx.rest = inputs, hidden
+        return _mlp_there(x, inputs, hidden, weights)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (x, *weights), wanted, inputs = ctx.saved_tensors, ctx.needs_input_grad[0], ctx.rest[0]
-        programs, options = _mlp_launch(x, *ctx.rest, *_BACK)
-        sizes, new = [w.numel() for w in weights], x.new_empty if inputs == x.shape[1] else x.new_zeros
-        dx, parts = torch.empty_like(x) if wanted else x, new(programs, sum(sizes))
-        if wanted and inputs < x.shape[1]: dx[:, inputs:] = 0
-        with torch.cuda.device_of(x):
-            if programs: _triton_mlp()[1][programs,](x, *weights, grad.contiguous(), dx, parts, len(x), *x.stride(), *dx.stride(), wanted, **options)
-        return dx if wanted else None, None, None, *(g.view(w.shape) for g, w in zip(parts.sum(0).split(sizes), weights))
+        x, *weights = ctx.saved_tensors
+        dx, parts = _mlp_back(x, *ctx.rest, weights, grad.contiguous(), ctx.needs_input_grad[0])
+        return dx, None, None, *_added_up(parts, weights)
 
 @cache
 def _mlp_trouble(kind, width, inputs, hidden): # '' if Triton finds what torch finds, there and back, to the last digit: whole numbers of few bits lose nothing
@@ -249,23 +258,48 @@ def _triton_meaning():
                 for k in tl.static_range(1, 4): tl.store(dh_ptr + 4*(i + m*n) + k, i*0., here)
     return forward, backward
 
+_HALF = torch.tensor(.5)
+
+def _meaning_launch(which, h, x, height, radius, found, *more):
+    given, n = [found.get(name, h) for name in ('density', 'albedo', 'normal')], len(h)//7 if 'normal' in found else len(h)
+    with torch.cuda.device_of(h):
+        if n: _triton_meaning()[which][-(-n//128),](h, x, *given, *more, n, height, -1/(2*radius**2), *(name in found for name in ('density', 'albedo', 'normal')), BLOCK=128)
+
+def _meaning_there(h, x, height, radius, what):
+    n = len(h)//7 if 'normal' in what else len(h)
+    found = {name: h.new_empty(n) if name == 'density' else h.new_empty(n, 3) for name in what}
+    _meaning_launch(0, h, x, height, radius, found)
+    return tuple(found.values())
+
+def _meaning_back(h, x, height, radius, what, grads):
+    dh = torch.empty_like(h)
+    _meaning_launch(1, h, x, height, radius, {name: g.contiguous() for name, g in zip(what, grads)}, dh)
+    return dh
+
 class _Meaning(torch.autograd.Function): # `_meaning` in one kernel, there and back
     @staticmethod
     def forward(ctx, h, x, height, radius, *what):
-        h, x, n = h.contiguous(), x.contiguous(), len(h)//7 if 'normal' in what else len(h)
-        found = {name: h.new_empty(n) if name == 'density' else h.new_empty(n, 3) for name in what}
-        ctx.rest = n, height, -1/(2*radius**2), *(name in what for name in ('density', 'albedo', 'normal'))
-        with torch.cuda.device_of(h): _triton_meaning()[0][-(-n//128),](h, x, *(found.get(name, h) for name in ('density', 'albedo', 'normal')), *ctx.rest, BLOCK=128)
+        h, x, ctx.rest = h.contiguous(), x.contiguous(), (height, radius, what)
         ctx.save_for_backward(h, x)
-        ctx.what = what
-        return tuple(found.values())
+        return _meaning_there(h, x, *ctx.rest)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads): return _meaning_back(*ctx.saved_tensors, *ctx.rest, grads), *[None]*(3 + len(ctx.rest[2]))
+
+class _Asked(torch.autograd.Function): # grid, network and meaning in one go; on the way back the table, which takes longest, does not wait for the network's gradients to be put away
+    @staticmethod
+    def forward(ctx, x, table, grid, hidden, meaning, *weights): # grid: layout, smooth, active; meaning: height, radius, what
+        places = torch.add(_HALF, x, alpha=.5)
+        features, ctx.rest = _triton_forward(places, table, *grid), (grid, (table.shape[1]*grid[2], hidden), meaning)
+        h = _mlp_there(features, *ctx.rest[1], weights)
+        ctx.save_for_backward(x, places, features, h, *weights)
+        return _meaning_there(h, x, *meaning)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        h, x = ctx.saved_tensors
-        given, dh = {name: g.contiguous() for name, g in zip(ctx.what, grads)}, torch.empty_like(h)
-        with torch.cuda.device_of(h): _triton_meaning()[1][-(-ctx.rest[0]//128),](h, x, *(given.get(name, h) for name in ('density', 'albedo', 'normal')), dh, *ctx.rest, BLOCK=128)
-        return dh, *[None]*(3 + len(ctx.what))
+        (x, places, features, h, *weights), (grid, shape, meaning) = ctx.saved_tensors, ctx.rest
+        df, parts = _mlp_back(features, *shape, weights, _meaning_back(h, x, *meaning, grads))
+        return None, _triton_backward(places, df, *grid), None, None, None, *_added_up(parts, weights)
 
 @cache
 def _meaning_trouble(kind): # '' if Triton finds what torch finds, there and back
@@ -289,7 +323,6 @@ def _seven(eps, device, dtype): # steps: none, ahead, back
     step = eps*torch.eye(3, device=device, dtype=dtype)
     return torch.cat([0*step[:1], step, -step])[:, None]
 
-_HALF = torch.tensor(.5)
 
 def _recall(field, _): field.active_levels = int(field._active)
 
@@ -328,18 +361,26 @@ class Field(nn.Module):
         if n != getattr(self, '_levels', None): self._active.fill_(n)
         self._levels = n
 
+    def _one_kernel(self): # whether there is one for the network
+        shape = self.grid.width, self.grid.features*self._active_now, self.mlp[0].out_features
+        return len(self.mlp) == 5 and shape[1] <= 64 and shape[2] in (16, 32, 64, 128) and not _mlp_trouble('cuda', *shape)
+
     def _network(self, h):
         if not h.is_cuda or h.dtype != torch.float32: return self.mlp(h)
-        shape = self.grid.width, self.grid.features*min(self.active_levels, self.grid.levels), self.mlp[0].out_features
-        if len(self.mlp) == 5 and shape[1] <= 64 and shape[2] in (16, 32, 64, 128) and not _mlp_trouble('cuda', *shape):
-            return _MLP.apply(h, *shape[1:], *self.mlp.parameters())
+        if self._one_kernel(): return _MLP.apply(h, self.grid.features*self._active_now, self.mlp[0].out_features, *self.mlp.parameters())
         for layer in self.mlp: h = _Product.apply(h, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(h)
         return h
 
+    @property
+    def _active_now(self): return max(0, min(self.active_levels, self.grid.levels))
+
     def _ask(self, x, *what):
-        h = self._network(self.grid(torch.add(_HALF, x, alpha=.5), self.active_levels))
-        fused = h.is_cuda and h.dtype == torch.float32 and len(h) and not x.requires_grad and not _meaning_trouble('cuda')
-        return (_Meaning.apply if fused else _meaning)(h, x, self.blob_density, self.blob_radius, *what)
+        blob, grid = (self.blob_density, self.blob_radius), self.grid
+        fused = x.is_cuda and x.dtype == grid.table.dtype == torch.float32 and len(x) and not x.requires_grad and not _meaning_trouble('cuda')
+        if fused and self._one_kernel() and pick_backend(x.device, grid.backend) == 'triton':
+            return _Asked.apply(x.contiguous(), grid.table, (grid.layout, grid.interpolation == 'smoothstep', self._active_now), self.mlp[0].out_features, (*blob, what), *self.mlp.parameters())
+        h = self._network(grid(torch.add(_HALF, x, alpha=.5), self.active_levels))
+        return (_Meaning.apply if fused else _meaning)(h, x, *blob, *what)
 
     def forward(self,
         x: Tensor, # Points in [-1,1]^3: (N,3)

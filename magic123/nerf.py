@@ -579,7 +579,7 @@ class NeRF(nn.Module):
             if some:
                 samples = self._sift(samples, points)
                 points = at(samples)
-            ask, size = (self.field.around, 2**15) if per_sample else (self.field, 2**17)
+            ask, size = (self.field.around, _room(points.device)//4) if per_sample else (self.field, 2**17)
             density, colour, *normal = _in_chunks(ask, size, points, forget=self.low_memory)
         normal, aux = normal[0] if normal else None, {}
         if per_sample: aux = dict(normals=normal, directions=directions, ray=samples.ray)

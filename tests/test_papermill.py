@@ -3,6 +3,9 @@ import json
 import papermill
 import pytest
 from nbdev.config import get_config
+from papermill.translators import PythonTranslator
+from PIL import Image
+from magic123.experiment import expand
 
 NBS = get_config().config_path/'nbs'
 EXPERIMENTS = sorted(NBS.glob('7*.ipynb'))
@@ -27,3 +30,17 @@ def test_runs_under_papermill(notebook, tmp_path, priors):
     (tmp_path/'metrics.json').unlink()
     assert run(notebook, tmp_path, given) == first
     assert len(kept) > 1 and all(p.stat().st_mtime_ns == t for p, t in kept.items())
+
+@pytest.mark.parametrize('grid', sorted((NBS/'grids').glob('*.yaml')), ids=lambda p: p.stem)
+def test_a_shipped_grid_arrives_as_it_was_sent(grid, tmp_path, monkeypatch):
+    "papermill writes parameters as Python; what it does not know becomes a string"
+    for photo in ('nerf4', 'realfusion15'):
+        (tmp_path/photo/'toy').mkdir(parents=True)
+        Image.new('RGBA', (8, 8)).save(tmp_path/photo/'toy'/'rgba.png')
+    monkeypatch.chdir(tmp_path)
+    runs = {(r.labels.get('recipe'), str(r.parameters.get('settings'))): r.parameters for r in expand(grid, tmp_path/'out')}
+    assert runs
+    for parameters in runs.values():
+        arrived = {}
+        exec(PythonTranslator.codify(parameters), arrived)
+        assert {k: arrived[k] for k in parameters} == parameters
