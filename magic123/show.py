@@ -38,7 +38,8 @@ def fast_dtype(
     "What networks compute in where nothing asks for more: half precision if the device has units for it"
     device = torch.device(device)
     if device.type == 'cuda': return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16') else torch.float32
+    can = getattr(torch.cpu, 'get_capabilities', dict)()
+    return torch.bfloat16 if can.get('amx_bf16') or can.get('avx512_bf16') else torch.float32
 
 # %% ../nbs/00_show.ipynb #7d2f90b4
 def load_numba():
