@@ -348,7 +348,7 @@ def expand(
         given = checked_parameters(notebook, _located(given))
         if 'recipe' in known:
             differs, recipe = _resolve(given.get('recipe', known['recipe'].default), changes)
-            if 'settings' in known: given['settings'] = json.loads(_json(differs)) # papermill would write a tuple as a string
+            if 'settings' in known: given |= checked_parameters(notebook, dict(settings=differs)) # plain values: papermill would write a tuple as a string
             counts = [recipe, _embedded(recipe, given.get('image', known['image'].default if 'image' in known else ''))]
         key = fingerprint(notebook, given, *counts)
         folder = next(iter(sorted(out.glob(f'*-{key}'))), out/_name(labels, key))

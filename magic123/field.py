@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .hashgrid import HashGrid, _triton_backward, _triton_forward, pick_backend, trouble_with
+from .hashgrid import HashGrid, _triton_backward, _triton_forward, trouble_with
 from .show import UserError
 
 # %% ../nbs/21_field.ipynb #c15607c7
@@ -196,8 +196,10 @@ def _fall(density): # at x+e, y+e, z+e, x-e, y-e, z-e of each point: (6N,); whic
     ahead, behind = density.view(2, 3, -1)
     return F.normalize((behind - ahead).t(), dim=-1, eps=1e-10)
 
-def _meaning(h, x, height, radius, *what): # of the network's answers (N,4); with 'normal' a seventh of them, and around these the rest
-    density, n = trunc_exp(h[:, 0] + blob(x, height, radius)), len(h)//7 if 'normal' in what else len(h)
+def _middle(h, what): return len(h)//7 if 'normal' in what else len(h) # how many points are meant; the rest are around them
+
+def _meaning(h, x, height, radius, *what): # of the network's answers (N,4)
+    density, n = trunc_exp(h[:, 0] + blob(x, height, radius)), _middle(h, what)
     found = dict(density=lambda: density[:n], albedo=lambda: h[:n, 1:].sigmoid(), normal=lambda: _fall(density[n:]))
     return tuple(found[name]() for name in what)
 
@@ -261,12 +263,12 @@ def _triton_meaning():
 _HALF = torch.tensor(.5)
 
 def _meaning_launch(which, h, x, height, radius, found, *more):
-    given, n = [found.get(name, h) for name in ('density', 'albedo', 'normal')], len(h)//7 if 'normal' in found else len(h)
+    n, names = _middle(h, found), ('density', 'albedo', 'normal')
     with torch.cuda.device_of(h):
-        if n: _triton_meaning()[which][-(-n//128),](h, x, *given, *more, n, height, -1/(2*radius**2), *(name in found for name in ('density', 'albedo', 'normal')), BLOCK=128)
+        if n: _triton_meaning()[which][-(-n//128),](h, x, *(found.get(name, h) for name in names), *more, n, height, -1/(2*radius**2), *(name in found for name in names), BLOCK=128)
 
 def _meaning_there(h, x, height, radius, what):
-    n = len(h)//7 if 'normal' in what else len(h)
+    n = _middle(h, what)
     found = {name: h.new_empty(n) if name == 'density' else h.new_empty(n, 3) for name in what}
     _meaning_launch(0, h, x, height, radius, found)
     return tuple(found.values())
@@ -288,10 +290,10 @@ class _Meaning(torch.autograd.Function): # `_meaning` in one kernel, there and b
 
 class _Asked(torch.autograd.Function): # grid, network and meaning in one go; on the way back the table, which takes longest, does not wait for the network's gradients to be put away
     @staticmethod
-    def forward(ctx, x, table, grid, hidden, meaning, *weights): # grid: layout, smooth, active; meaning: height, radius, what
-        places = torch.add(_HALF, x, alpha=.5)
-        features, ctx.rest = _triton_forward(places, table, *grid), (grid, (table.shape[1]*grid[2], hidden), meaning)
-        h = _mlp_there(features, *ctx.rest[1], weights)
+    def forward(ctx, x, table, grid, shape, meaning, *weights): # grid: layout, smooth, active; shape: inputs, hidden; meaning: height, radius, what
+        places, ctx.rest = torch.add(_HALF, x, alpha=.5), (grid, shape, meaning)
+        features = _triton_forward(places, table, *grid)
+        h = _mlp_there(features, *shape, weights)
         ctx.save_for_backward(x, places, features, h, *weights)
         return _meaning_there(h, x, *meaning)
     @staticmethod
@@ -361,24 +363,22 @@ class Field(nn.Module):
         if n != getattr(self, '_levels', None): self._active.fill_(n)
         self._levels = n
 
-    def _one_kernel(self): # whether there is one for the network
-        shape = self.grid.width, self.grid.features*self._active_now, self.mlp[0].out_features
-        return len(self.mlp) == 5 and shape[1] <= 64 and shape[2] in (16, 32, 64, 128) and not _mlp_trouble('cuda', *shape)
+    def _one_kernel(self, active): # how many inputs count and how wide the network is, if a kernel of its own can do it
+        shape = self.grid.features*active, self.mlp[0].out_features
+        if len(self.mlp) == 5 and shape[0] <= 64 and shape[1] in (16, 32, 64, 128) and not _mlp_trouble('cuda', self.grid.width, *shape): return shape
 
     def _network(self, h):
         if not h.is_cuda or h.dtype != torch.float32: return self.mlp(h)
-        if self._one_kernel(): return _MLP.apply(h, self.grid.features*self._active_now, self.mlp[0].out_features, *self.mlp.parameters())
+        if shape := self._one_kernel(self.grid._how(h.device, self.active_levels)[1][-1]): return _MLP.apply(h, *shape, *self.mlp.parameters())
         for layer in self.mlp: h = _Product.apply(h, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(h)
         return h
-
-    @property
-    def _active_now(self): return max(0, min(self.active_levels, self.grid.levels))
 
     def _ask(self, x, *what):
         blob, grid = (self.blob_density, self.blob_radius), self.grid
         fused = x.is_cuda and x.dtype == grid.table.dtype == torch.float32 and len(x) and not x.requires_grad and not _meaning_trouble('cuda')
-        if fused and self._one_kernel() and pick_backend(x.device, grid.backend) == 'triton':
-            return _Asked.apply(x.contiguous(), grid.table, (grid.layout, grid.interpolation == 'smoothstep', self._active_now), self.mlp[0].out_features, (*blob, what), *self.mlp.parameters())
+        if fused:
+            backend, how = grid._how(x.device, self.active_levels)
+            if backend == 'triton' and (shape := self._one_kernel(how[-1])): return _Asked.apply(x.contiguous(), grid.table, how, shape, (*blob, what), *self.mlp.parameters())
         h = self._network(grid(torch.add(_HALF, x, alpha=.5), self.active_levels))
         return (_Meaning.apply if fused else _meaning)(h, x, *blob, *what)
 

@@ -365,18 +365,20 @@ class HashGrid(nn.Module):
         self.interpolation, self.backend = interpolation, backend
         self.table = nn.Parameter(torch.empty(self.layout.entries, features).uniform_(-1e-4, 1e-4))
 
+    def _how(self, device, active_levels): # which backend; layout, smoothness and levels, as all of them want them
+        active = self.levels if active_levels is None else max(0, min(active_levels, self.levels))
+        return pick_backend(device, self.backend), (self.layout, self.interpolation == 'smoothstep', active)
+
     def forward(self,
         x: Tensor, # Points in [0,1]^3: (N,3)
         active_levels: int | None = None, # Finer levels than these give zeros; None means all are active
     ) -> Tensor: # (N, levels*features)
         "Look up `x` in every level"
-        active = self.levels if active_levels is None else max(0, min(active_levels, self.levels))
-        smooth, backend = self.interpolation == 'smoothstep', pick_backend(x.device, self.backend)
-        dtype = self.table.dtype
+        (backend, how), dtype = self._how(x.device, active_levels), self.table.dtype
         x = x.to(torch.promote_types(dtype, torch.float32)) # half a float cannot tell the finest cells apart
         fits = x.dtype == torch.float32 if backend in ('triton', 'tinycudann') else dtype == torch.float32
-        if backend == 'torch' or x.requires_grad or not fits: return encode(x, self.table, self.layout, smooth, active).to(dtype)
-        return _look_up(backend, self.table, x.contiguous(), self.layout, smooth, active)
+        if backend == 'torch' or x.requires_grad or not fits: return encode(x, self.table, *how).to(dtype)
+        return _look_up(backend, self.table, x.contiguous(), *how)
 
     def extra_repr(self):
         "For `print`"
