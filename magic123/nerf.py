@@ -310,9 +310,9 @@ def _triton_light():
     @triton.jit
     def _lit(paint_ptr, normal_ptr, lx, ly, lz, ambient, at, real, three, MODE: tl.constexpr): # as `shade`: the paint, how far it faces the light, how much comes back
         paint = tl.full(at.shape, 1., tl.float32) if MODE == 2 else tl.load(paint_ptr + at, real, 0.)
-        facing = tl.sum(paint*0, 1)
-        if MODE == 1 or MODE == 2: facing = tl.sum(tl.load(normal_ptr + at, real, 0.)*_towards(lx, ly, lz, three), 1)
-        lit = ambient + (1 - ambient)*tl.maximum(facing, 0.) if MODE == 1 or MODE == 2 else facing + 1
+        facing = tl.zeros((at.shape[0],), tl.float32)
+        if MODE > 0: facing = tl.sum(tl.load(normal_ptr + at, real, 0.)*_towards(lx, ly, lz, three), 1)
+        lit = ambient + (1 - ambient)*tl.maximum(facing, 0.) if MODE > 0 else facing + 1
         return paint, facing, lit
 
     @triton.jit
@@ -368,7 +368,7 @@ def _triton_light():
             if MODE != 2: tl.store(dp_ptr + at, (w*lit)[:, None]*rgb, here[:, None] & (three < 3))
             if NORMAL:
                 dn = w[:, None]*tl.load(out_ptr + r*width + 5 + three, three < 3, 0.)
-                if MODE == 1 or MODE == 2: dn += tl.where(facing >= 0, (1 - ambient)*w*back, 0.)[:, None]*_towards(lx, ly, lz, three)
+                if MODE > 0: dn += tl.where(facing >= 0, (1 - ambient)*w*back, 0.)[:, None]*_towards(lx, ly, lz, three)
                 tl.store(dn_ptr + at, dn, here[:, None] & (three < 3))
             first += BLOCK
 

@@ -6,9 +6,9 @@
 __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_priors', 'fit_toy', 'fit_share', 'wait', 'spread',
            'time_it', 'sections', 'kind_of', 'phases', 'run_steps', 'counted_samples', 'gpu_work', 'project',
            'measure_stage', 'beside_official', 'some_points', 'working_backends', 'measure_hashgrid', 'measure_volume',
-           'measure_surface', 'measure_accelerators', 'Desk', 'measure_scaling', 'one_of_several', 'measure_objects',
-           'start_up', 'first_steps', 'save_random', 'measure_start', 'measure_job', 'about', 'measure', 'load_results',
-           'add_result', 'main']
+           'measure_surface', 'measure_accelerators', 'of_true_size', 'Desk', 'measure_scaling', 'one_of_several',
+           'measure_objects', 'start_up', 'first_steps', 'save_random', 'measure_start', 'measure_job', 'about',
+           'measure', 'load_results', 'add_result', 'main']
 
 # %% ../nbs/63_speed.ipynb #52ca3bf8
 import argparse, itertools, json, os, statistics, subprocess, sys, tempfile, time
@@ -472,8 +472,12 @@ def measure_accelerators(
 # %% ../nbs/63_speed.ipynb #32902c16
 def _fit_steps(device): return (300, 2**16) if device.type == 'cuda' else (120, 4096)
 
+def of_true_size(recipe: Recipe, device: torch.device) -> bool:
+    "Whether priors of the sizes that a user fetches are measured, and not the embedded ones"
+    return device.type == 'cuda' and 'tiny' not in (recipe.priors.stable_diffusion, recipe.priors.zero123)
+
 class Desk:
-    "What is measured on: a toy, its scenes of both stages, and the priors; on a GPU those of true size"
+    "What is measured on: a toy, its scenes of both stages, and the priors; on a GPU, for weights that a user fetches, random ones of their size"
     def __init__(self,
         recipe: Recipe,
         device: torch.device,
@@ -490,7 +494,7 @@ class Desk:
         recipe, device, p = self.recipe, self.device, self.recipe.priors
         if not any((recipe.coarse.weight_2d, recipe.coarse.weight_3d, recipe.fine.weight_2d, recipe.fine.weight_3d)): return None
         common = dict(device=device, dtype=pick_dtype(p.dtype, device))
-        if device.type == 'cuda': return ready_priors(recipe, random_priors(recipe, self.reference, **common))
+        if of_true_size(recipe, device): return ready_priors(recipe, random_priors(recipe, self.reference, **common))
         return ready_priors(recipe, {'2d': StableDiffusionPrior.load(prior_folder('tiny', 'stable_diffusion'), parse_toy(self.image).caption(), p.guidance_2d, weighting=p.weighting, **common),
             '3d': Zero123Prior.load(prior_folder('tiny', 'zero123'), self.reference, p.guidance_3d, weighting=p.weighting, **common)})
 
@@ -513,8 +517,8 @@ def measure_scaling(
     reference: Reference,
     prior, # A `JointPrior` or None
     sizes: dict[str, tuple], # For each stage: pixels of a novel view
-    views: tuple = (1, 2, 4), # Novel views a step
-    steps: int = 24,
+    views: tuple = (1, 2, 4), # Novel views a step, of each process
+    steps: int = 64,
     seconds: float = 20., # For each of the settings at most
 ) -> dict[str, dict]: # 'coarse 64 px', 'fine 2 views': milliseconds of a step that looks from elsewhere, and memory
     "Steps of other sizes; several processes share the views"
@@ -522,7 +526,7 @@ def measure_scaling(
     for name, scene in scenes.items():
         stage, cuda = getattr(recipe, name), reference.rgb.is_cuda
         team = join().size
-        for what, change in [*((f'{size} px', dict(resolution=size, novel_views=team)) for size in sizes[name]), *((f'{n} views', dict(novel_views=n)) for n in views if n % team == 0)]:
+        for what, change in [*((f'{size} px', dict(resolution=size, novel_views=team)) for size in sizes.get(name, ())), *((f'{n*team} views', dict(novel_views=n*team)) for n in views)]:
             with tempfile.TemporaryDirectory() as folder:
                 run, at, photo = Run(scene, stage.model_copy(update=change), folder, recipe.seed), stage.steps//2, reference.at(stage.reference_resolution)
                 run_steps(run, photo, prior, recipe, at, min(8, steps)) # all that is compiled, recorded or allocated once
@@ -728,9 +732,9 @@ def measure(
     "Measure parts, one after the other; of several processes the first does alone what all would do alike"
     team = join()
     device, out = ready_device(own_gpu(device or default_device())), {}
-    full, alone = device.type == 'cuda', team.alone
-    recipe = for_team(recipe or Recipe.preset('official' if full else 'quick'), team, say)
-    desk, repeats = Desk(recipe, device, occupied=occupied), 20 if full else 5
+    cuda, alone = device.type == 'cuda', team.alone
+    recipe = for_team(recipe or Recipe.preset('official' if cuda else 'quick'), team, say)
+    full, desk, repeats = of_true_size(recipe, device), Desk(recipe, device, occupied=occupied), 20 if cuda else 5
     def note(name, found):
         out[name] = found
         if not team.first: return
@@ -742,19 +746,19 @@ def measure(
     camera = lambda name: Camera.orbit(75, 30, height=getattr(recipe, name).resolution)
     if 'startup' in parts: note('startup', alone(lambda: measure_start(recipe, device, None if full else data_folder()/'priors'/'tiny')))
     if 'job' in parts and not full: note('job', alone(lambda: measure_job(recipe)))
-    if 'objects' in parts: note('objects', alone(lambda: measure_objects(recipe, device, *(((1, 2, 4), 100) if full else ((1, 2), 20)))))
-    small = {} if full else dict(exponents=(15, 17), dtypes=(torch.float32,), log2_entries=15, finest=256)
+    if 'objects' in parts: note('objects', alone(lambda: measure_objects(recipe, device, *(((1, 2, 4), 100) if cuda else ((1, 2), 20)))))
+    small = {} if cuda else dict(exponents=(15, 17), dtypes=(torch.float32,), log2_entries=15, finest=256)
     if 'hashgrid' in parts: note('hashgrid', alone(lambda: measure_hashgrid(device, backends=working_backends(device), repeats=repeats, **small)))
     if 'volume' in parts: note('volume', alone(lambda: measure_volume(desk.coarse, camera('coarse'), repeats)))
     if 'surface' in parts: note('surface', alone(lambda: measure_surface(desk.fine, camera('fine'), repeats)))
-    if 'accelerators' in parts and full: note('accelerators', alone(lambda: measure_accelerators(desk.fine, camera('fine'), repeats)))
-    if 'priors' in parts: note('priors', alone(lambda: {str(size): {k: round(v, 3) for k, v in prior_speed(desk.prior, size=size, repeats=20 if full else 3).items()}
+    if 'accelerators' in parts and cuda: note('accelerators', alone(lambda: measure_accelerators(desk.fine, camera('fine'), repeats)))
+    if 'priors' in parts: note('priors', alone(lambda: {str(size): {k: round(v, 3) for k, v in prior_speed(desk.prior, size=size, repeats=20 if cuda else 3).items()}
         for size in (recipe.coarse.resolution, recipe.fine.resolution)}))
     for name in ('coarse', 'fine'):
         if name in parts: note(name, stage(name))
     if 'scaling' in parts:
-        sizes = dict(coarse=(64, 96, 128, 192, 256), fine=(512, 1024, 2048)) if full else dict(coarse=(32, 64, 96), fine=(256, 512))
-        note('scaling', measure_scaling(recipe, dict(coarse=desk.coarse, fine=desk.fine), desk.reference, desk.prior, sizes, steps=24 if full else 8))
+        sizes = {} if team.size > 1 else dict(coarse=(64, 96, 128, 192, 256), fine=(512, 1024, 2048)) if full else dict(coarse=(32, 64, 96), fine=(256, 512))
+        note('scaling', measure_scaling(recipe, dict(coarse=desk.coarse, fine=desk.fine), desk.reference, desk.prior, sizes, steps=64 if cuda else 8))
     return out
 
 def load_results(
@@ -800,10 +804,11 @@ def main(
     parser.add_argument('--out', default='speed.json', help='file that the numbers are added to')
     args = parser.parse_args(argv)
     team, device = join(), own_gpu(args.device or default_device())
-    recipe = Recipe.load(args.recipe or ('official' if device.type == 'cuda' else 'quick'))
+    usual = 'official' if device.type == 'cuda' else 'quick'
+    recipe = Recipe.load(args.recipe or usual)
     recipe = recipe.replace({'priors.speed': args.speed, 'priors.dtype': args.dtype, 'low_memory': args.low_memory})
     dtype = str(pick_dtype(args.dtype, device)).split('.')[-1]
-    setting = f'{device.type} {args.speed}' + f' {dtype}'*(args.dtype != 'auto') + ' low memory'*args.low_memory + (f' occupied {args.occupied:g}' if args.occupied else '') + f' {team.size} processes'*(team.size > 1) + f' ({args.machine})'*bool(args.machine)
+    setting = f'{device.type} {args.speed}' + f' {recipe.name}'*(recipe.name != usual) + f' {dtype}'*(args.dtype != 'auto') + ' low memory'*args.low_memory + (f' occupied {args.occupied:g}' if args.occupied else '') + f' {team.size} processes'*(team.size > 1) + f' ({args.machine})'*bool(args.machine)
     path = args.out
     keep = lambda name, found: add_result(path, setting, name, found, about(device, recipe) | dict(dtype=dtype))
     parts = PARTS if 'all' in args.part else tuple(args.part)
