@@ -224,7 +224,7 @@ def _triton_kernels():
             new = (cx != ox) | (cy != oy) | (cz != oz)
             tl.atomic_add(table_ptr + at[:, :, None]*F + f[None, None, :], owed, (new & (ox >= 0))[:, None, None], sem='relaxed')
             weight = tl.where(right == 1, u[:, None], 1 - u[:, None])*tl.where(high == 1, v[:, None], 1 - v[:, None])*tl.where(far == 1, w[:, None], 1 - w[:, None])
-            g = tl.load(grad_ptr + n.to(tl.int64)[:, None]*row + (level*F + f[None, :])*column, real[:, None], 0.).to(tl.float32)
+            g = tl.load(grad_ptr + n.to(tl.int64)[:, None]*row + (level*F + f[None, :]).to(tl.int64)*column, real[:, None], 0.).to(tl.float32)
             owed = tl.where(new[:, None, None], 0., owed) + weight[:, :, None]*g[:, None, :]
             at = _entry(cx[:, None] + right, cy[:, None] + high, cz[:, None] + far, resolution, size, offset, dense)
             ox, oy, oz = cx, cy, cz

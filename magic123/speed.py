@@ -616,11 +616,11 @@ def start_up(
     return {k: v for k, v in out.items() if k != '(between)'} | dict(ready=round(out['coarse'] + out['fine'], 2))
 
 def first_steps(recipe: Recipe, name: str, scene, reference: Reference, prior):
-    "One step of each kind that a stage has"
+    "One step of each kind that a stage has, the first one first: a run begins with finding out which cells are empty"
     stage = getattr(recipe, name)
     with tempfile.TemporaryDirectory() as folder:
         run, photo = Run(scene, stage, folder, recipe.seed), reference.at(stage.reference_resolution)
-        for at in {kind_of(stage, s): s for s in range(min(stage.steps, 128))}.values(): run_steps(run, photo, prior, recipe, at, 1)
+        for at in {kind_of(stage, s): s for s in reversed(range(min(stage.steps, 128)))}.values(): run_steps(run, photo, prior, recipe, at, 1)
 
 def save_random(
     folder: str | Path, # Gets `stable_diffusion` and `zero123`, in the layout they are published in, 5 GB
