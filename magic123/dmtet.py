@@ -32,6 +32,7 @@ class DMTet(nn.Module):
         backend: str = 'auto', # Who finds the triangle at each pixel, as for `pick_zbuffer`
     ):
         super().__init__()
+        if resolution < 1: raise UserError(f'A lattice of {resolution} layers', 'Choose at least 1; the official code uses 256')
         self.field, self.lr, self.backend = field, lr, backend
         self.register_buffer('box', torch.tensor([lower, upper]))
         self.register_buffer('resolution', torch.tensor(resolution))
@@ -240,6 +241,7 @@ def from_nerf(cls: DMTet,
     backend: str = 'auto', # Who finds the triangle at each pixel, as for `pick_zbuffer`
 ) -> DMTet:
     "The surface of a NeRF"
+    if carve is not None and photo is None: raise UserError('Carving needs the photo', 'Give photo=reference, or carve=None')
     device = next(nerf.parameters()).device
     axis = (torch.arange(samples, device=device) + .5)/samples*2 - 1
     points = torch.cartesian_prod(axis, axis, axis)

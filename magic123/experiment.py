@@ -8,7 +8,8 @@ __all__ = ['JOB', 'PAGE_JOB', 'STRIP_VIEWS', 'STRIP_SIZE', 'Parameter', 'paramet
            'smaller', 'gpus', 'worker_environments', 'slurm_cluster', 'own_cluster', 'connect', 'time_left', 'Board',
            'gather', 'write_table', 'run_grid', 'reconstruct_once', 'jobs', 'prompt_of', 'take', 'rows_in',
            'finished_rows', 'work', 'work_together', 'Results', 'save_results', 'in_order', 'load_results',
-           'whole_seeds', 'over_seeds', 'with_spread', 'picture_sheet', 'save_sheet', 'load_sheet', 'main']
+           'whole_seeds', 'mean_and_margin', 'over_seeds', 'with_spread', 'picture_sheet', 'save_sheet', 'load_sheet',
+           'main']
 
 # %% ../nbs/61_experiment.ipynb #55c3f52c
 import ast, contextlib, difflib, hashlib, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
@@ -35,7 +36,7 @@ def _whole(path): # as `show.atomic_write`
     finally: tmp.unlink(missing_ok=True)
 
 def _write(path, text):
-    with _whole(path) as tmp: tmp.write_text(text)
+    with _whole(path) as tmp: tmp.write_text(text, 'utf-8')
 
 # %% ../nbs/61_experiment.ipynb #cf66a89f
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ class _Page(NamedTuple):
 
 @lru_cache(64)
 def _page(path, modified):
-    text = path.read_text()
+    text = path.read_text('utf-8')
     cells = [('parameters' in c['metadata'].get('tags', []), ''.join(c['source'])) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
     return _Page(text, [s for tagged, s in cells if tagged], [s for tagged, s in cells if not tagged])
 
@@ -149,7 +150,7 @@ def code_digest() -> str: # 8 hexadecimal digits
 
 # %% ../nbs/61_experiment.ipynb #1c8fc820
 def _json_in(path): # None if there is nothing to read: no file, or one that a machine lost as it went down
-    try: return json.loads(path.read_text())
+    try: return json.loads(path.read_text('utf-8'))
     except (OSError, ValueError): return None
 
 @dataclass
@@ -237,7 +238,7 @@ def _yaml(path):
     import yaml
     class Loader(yaml.SafeLoader): pass
     Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789')) # YAML 1.1 takes 1e-3 for a word
-    try: return yaml.load(path.read_text(), Loader) or {}
+    try: return yaml.load(path.read_text('utf-8'), Loader) or {}
     except OSError as e: raise _user_error(f'Could not read {path}: {e.strerror}', 'Check the path') from e
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise _user_error(f'{path} is not YAML: {e}', 'Write `name: value` lines') from e
 
@@ -299,7 +300,14 @@ def _images(patterns):
     found = [_matches(p) for p in patterns]
     for p, f in zip(patterns, found):
         if not f: raise _user_error(f'No picture matches {p}', 'Check the grid\'s `objects`')
-    return [o for f in found for o in f]
+    return list(dict.fromkeys(o for f in found for o in f))
+
+def _objects(images): # A name for each; its folder's before it where two files are called alike
+    names = [_object(o) for o in images]
+    names = [f'{Path(o).resolve().parent.name}_{n}' if names.count(n) > 1 else n for o, n in zip(images, names)]
+    for n in names:
+        if names.count(n) > 1: raise _user_error(f'Two pictures would both be called {n}: {", ".join(o for o, other in zip(images, names) if other == n)}', 'Rename one, or its folder')
+    return names
 
 def _recipes(given):
     for name, what in given.items() if isinstance(given, dict) else [(Path(o).stem if o.endswith('.json') else o, o) for o in given]:
@@ -308,7 +316,8 @@ def _recipes(given):
         yield name, str(Path(base).resolve()) if base.endswith('.json') else base, changes
 
 def _axes(grid, known): # Of each axis, its values: labels, parameters, settings
-    yield [(dict(object=_object(o)), dict(image=o), {}) for o in _images(grid.objects)]
+    images = _images(grid.objects)
+    yield [(dict(object=name), dict(image=o), {}) for name, o in zip(_objects(images), images)]
     yield [(dict(recipe=name), dict(recipe=base), changes) for name, base, changes in _recipes(grid.recipes)]
     yield [(dict(seed=s), dict(seed=s), {}) for s in grid.seeds]
     for name, tried in grid.vary.items():
@@ -543,7 +552,7 @@ def _outcome(run, future):
     return run.note(status='failed', error=f'{type(error).__name__}: {error}')
 
 def _ended(futures): # those that have, perhaps none yet
-    from distributed import wait
+    from distributed import TimeoutError, wait # before Python 3.11 not the builtin one
     try: return wait(list(futures), timeout=.5, return_when='FIRST_COMPLETED').done
     except TimeoutError: return []
 
@@ -681,7 +690,7 @@ def prompt_of(
     folder: str | Path, # Of a run
 ) -> str | None: # None if no prior was told anything
     "What the 2D prior was told"
-    return json.loads((Path(folder)/'recipe.json').read_text())['recipe']['prompt']['text']
+    return json.loads((Path(folder)/'recipe.json').read_text('utf-8'))['recipe']['prompt']['text']
 
 def _reconstructed(job, folder, picture):
     from magic123.image_to_mesh import evaluate_coarse
@@ -734,7 +743,7 @@ def rows_in(
 ) -> list[dict]: # Empty if there is no such file
     "The rows so far"
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text('utf-8').splitlines()] if path.is_file() else []
 
 def finished_rows(
     *paths: str | Path, # JSON lines
@@ -832,7 +841,7 @@ def save_results(
     about = dict(date=time.strftime('%Y-%m-%d'), commit=_commit(), code=code, seeds=seeds, runs=len(good), failed=len(rows) - len(good)) | about
     kept = [{k: _short(v) for k, v in r.items() if k not in _passing} for r in good]
     path = _result(name)
-    with atomic_write(path) as tmp: tmp.write_text(f'{{"about": {_json(about)},\n"rows": [\n' + ',\n'.join(_json(r) for r in kept) + '\n]}\n')
+    with atomic_write(path) as tmp: tmp.write_text(f'{{"about": {_json(about)},\n"rows": [\n' + ',\n'.join(_json(r) for r in kept) + '\n]}\n', 'utf-8')
     return path
 
 def in_order(
@@ -850,7 +859,7 @@ def load_results(
     "What is kept in `data/results`, in its grid's order if that is shipped"
     if not (path := _result(name)).is_file(): return None
     import pandas
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text('utf-8'))
     rows = in_order(found['rows'], shipped_grid(name)) if shipped_grid(name).is_file() else found['rows']
     return Results(found['about'], pandas.DataFrame(rows))
 
@@ -860,10 +869,17 @@ def whole_seeds(
     across: str = 'recipe', # What will be compared
 ): # The part of it in which everybody did the same
     "Rows that can be compared"
-    pair = table.groupby(['object', 'seed'])[across].transform('nunique') == table[across].nunique()
-    table = table[pair]
-    count = table.groupby('seed')['object'].transform('nunique')
-    return table[count == count.max()]
+    table = table[table.groupby(['object', 'seed'])[across].transform('nunique') == table[across].nunique()]
+    objects = table.groupby('seed')['object'].agg(frozenset)
+    return table[table['seed'].map(objects) == max(objects, key=len, default=frozenset())]
+
+def mean_and_margin(
+    gaps, # A `pandas.Series`: for each seed, how much better one is than another
+) -> tuple[float, float]: # The mean, and half of its 95 % confidence interval (Student's t); NaN for one seed
+    "A difference, and how large chance alone could have made it"
+    from scipy import stats
+    n = gaps.count()
+    return gaps.mean(), stats.t.ppf(.975, n - 1)*gaps.std()/n**.5 if n > 1 else math.nan
 
 def over_seeds(
     table, # A `pandas.DataFrame`
@@ -998,7 +1014,7 @@ def _table_rows(path): # without what a run does not have
     import pandas
     return [{k: v for k, v in row.items() if v is not None and v == v} for row in pandas.read_parquet(path).to_dict('records')]
 
-def _read_jobs(path): return json.loads(Path(path).read_text()) if str(path).endswith('.json') else jobs(path)
+def _read_jobs(path): return json.loads(Path(path).read_text('utf-8')) if str(path).endswith('.json') else jobs(path)
 
 # %% ../nbs/61_experiment.ipynb #9ee85334
 #| eval: false

@@ -132,10 +132,11 @@ def mesh_normal_consistency(
     faces: Tensor, # (F,3) long
 ) -> Tensor: # Scalar in [0,2]
     "How sharply faces meet: the mean of 1 - cos over all edges (official code, weight 0.1)"
+    if not len(faces): return vertices.sum()*0
     a, b, c = vertices.index_select(0, faces.reshape(-1)).view(-1, 3, 3).unbind(1)
     n = F.normalize((b - a).cross(c - a, dim=-1), dim=-1)
     i, j = adjacent_faces(faces).unbind(1)
-    return (1 - (n.index_select(0, i)*n.index_select(0, j)).sum(-1)).mean()
+    return (1 - (n.index_select(0, i)*n.index_select(0, j)).sum(-1)).sum()/max(len(i), 1)
 
 # %% ../nbs/03_losses.ipynb #3c6fb8ea
 def laplacian_loss(
@@ -143,6 +144,7 @@ def laplacian_loss(
     faces: Tensor, # (F,3) long
 ) -> Tensor: # Scalar
     "How far vertices lie from their neighbours' mean, times their number (official code, weight 0.1)"
+    if not len(faces): return vertices.sum()*0
     i, j = edges(faces).unbind(1)
     d = vertices.index_select(0, i) - vertices.index_select(0, j)
     return torch.zeros_like(vertices).index_add(0, i, d).index_add(0, j, -d).norm(dim=1).mean()

@@ -92,7 +92,7 @@ class Samples:
 
 # %% ../nbs/22_nerf.ipynb #c19389d2
 def _march_torch(origins, directions, occupied, step, shift, near):
-    n, found = len(occupied), []
+    n, found = len(occupied), [(shift.new_zeros(0, dtype=torch.long), shift.new_zeros(0))]
     for i in range(0, len(origins), 2**13):
         o, d, u = origins[i:i+2**13], directions[i:i+2**13], shift[i:i+2**13]
         safe = torch.where(d.abs() < 1e-9, 1e-9, d)
@@ -573,7 +573,7 @@ class NeRF(nn.Module):
 
     def _trace(self, origins, directions, samples, shading, light, per_sample):
         at = lambda s: torch.addcmul(origins.index_select(0, s.ray), s.t[:, None], directions.index_select(0, s.ray)) if s.points is None else s.points
-        points, some = at(samples), self.stop > 0 and len(samples) > 0
+        points, marched, some = at(samples), max(len(samples), 1), self.stop > 0 and len(samples) > 0
         if some and not per_sample and not points.is_cuda: samples, density, colour, *normal = self._ask_seen(samples, points)
         else:
             if some:
@@ -584,7 +584,7 @@ class NeRF(nn.Module):
         normal, aux = normal[0] if normal else None, {}
         if per_sample: aux = dict(normals=normal, directions=directions, ray=samples.ray)
         sums, w = collect_light(density, colour, normal, samples, self.step, shading, light)
-        return sums, dict(weights=w) | aux
+        return sums, dict(weights=w, seen=len(w)/marched) | aux
 
     def render(self,
         camera: Camera,
@@ -621,7 +621,7 @@ class NeRF(nn.Module):
     def regularisers(self,
         view: View, # As rendered here
     ) -> dict[str, Tensor]: # Scalars; none if nothing was seen
-        "What only samples can tell: entropy, and orientation where normals are per sample (official code)"
+        "What only samples can tell, a mean over those that are seen: entropy, and orientation where normals are per sample (official code, which counts the unseen as zeros: `seen` in `aux` is their share)"
         aux = view.aux
         if not len(aux.get('weights', ())): return {}
         terms = dict(entropy=entropy_loss(aux['weights']))

@@ -75,7 +75,7 @@ def readme(
         (root/name).write_bytes(data)
     text = re.sub(r'\]\((?!http|#|nbs/|\.\./)', '](nbs/', text).replace('](../', '](')
     text = re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
-    Path(target).write_text(text)
+    Path(target).write_text(text, 'utf-8')
     return text
 
 # %% ../nbs/90_notebooks.ipynb #1a571665

@@ -76,10 +76,12 @@ def view_terms(
     stage: Stage,
 ) -> dict[str, Tensor]: # Loss name -> scalar
     "What any view owes: Eq. 3 and the scene's own terms"
-    terms = dict(scene.regularisers(view))
+    share = view.aux.get('seen', 1.) if stage.mean_over == 'marched' else 1. # of the samples; what the others would add is nothing
+    terms = {k: share*v for k, v in scene.regularisers(view).items()}
     if view.normal is not None:
-        if stage.weights.normal_smooth: terms['normal_smooth'] = normal_smooth_loss(view.normal, stop_gradient=stage.stop_gradient)
-        if stage.weights.normal_tv: terms['normal_tv'] = normal_tv_loss(view.normal)
+        normal = (view.normal + view.alpha.detach())/2 if stage.normal_colours else view.normal
+        if stage.weights.normal_smooth: terms['normal_smooth'] = normal_smooth_loss(normal, stop_gradient=stage.stop_gradient)
+        if stage.weights.normal_tv: terms['normal_tv'] = normal_tv_loss(normal)
     return {k: v for k, v in terms.items() if getattr(stage.weights, k)}
 
 def step_terms(

@@ -10,7 +10,7 @@ __all__ = ['MIN_SIDE', 'MAX_SIDE', 'MASKS', 'SURE', 'SHAPES', 'DEPTHS', 'MIN_OBJ
 
 # %% ../nbs/10_preprocess.ipynb #a6110d4d
 import io, os, warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import cv2
 import numpy as np
@@ -533,10 +533,14 @@ def load_reference(
 ) -> Reference:
     "Read a photo and find out what the method needs"
     if isinstance(source, (str, Path)) and str(source).startswith('toybox:'): source = parse_toy(str(source))
-    if isinstance(source, Toy): return reference_from_toy(source, Camera.orbit(polar, azimuth, radius, fovy)).to(device)
     if shape not in SHAPES: raise UserError(f'Unknown shape "{shape}"', f'Choose one of {", ".join(SHAPES)}')
     if not 0 <= recentre <= 1: raise UserError(f'recentre is {recentre}',
         'Choose a share of the frame between 0 (off) and 1; .75 is common')
+    if isinstance(source, Toy):
+        for what, said, known in (('mask', mask, ('auto',)), ('depth', depth, ('auto', 'none'))):
+            if str(said) not in known: raise UserError(f'A toy brings its own {what}, and {said} was asked for', f'Take {" or ".join(known)}; or a picture of the toy')
+        reference = reference_from_toy(source, Camera.orbit(polar, azimuth, radius, fovy))
+        return (replace(reference, depth=None, _sizes={}) if depth == 'none' else reference).to(device)
     notes = []
     rgba = read_image(source, notes)
     alpha = torch.tensor(find_mask(rgba, mask, notes))[..., None]

@@ -145,7 +145,7 @@ class PriorSettings(Settings):
     guidance_2d: float = setting(100., 'paper 3.2', 'Classifier-free guidance of the 2D prior', ge=0, le=1000)
     guidance_3d: float = setting(5., 'paper 3.2', 'Classifier-free guidance of the 3D prior', ge=0, le=1000)
     weighting: Literal['sds', 'uniform', 'fantasia3d', 'threestudio_unified'] = setting('sds', 'official code (nerf/utils.py, guidance/*.py); the paper says w(t)', 'w(t) of Eqs. 5 and 6')
-    encoder_jacobian: bool = setting(True, 'official code; paper 2.2.1 says that it can go', "Send the priors' gradients back through the VAE's encoder; else through the mean colours of its cells")
+    encoder_jacobian: bool = setting(True, 'official code; paper 2.2 says that it can go', "Send the priors' gradients back through the VAE's encoder; else through the mean colours of its cells")
     angle_scaling: bool = setting(False, 'paper: not mentioned', 'Scale the 3D prior by its angle to the photo, 0 at the front and 1 at the back')
 
 class NovelSettings(Settings):
@@ -261,6 +261,8 @@ class Stage(Settings):
     hard_mask: bool = setting(True, 'paper 2.1: a binary mask', 'Take the mask as 0 or 1')
     remove_edge: bool = setting(False, 'paper: not mentioned', "Leave the outline's pixels out of the colour loss")
     stop_gradient: bool = setting(True, 'paper Eq. 3', 'Hold the blurred normals fixed')
+    normal_colours: bool = setting(False, 'paper Eq. 3: of normals', 'Smooth the picture of normals, (n+1)/2 on black, and not the normals')
+    mean_over: Literal['seen', 'marched'] = setting('seen', 'ours: samples that light reaches', 'Samples over which entropy and orientation are averaged')
     ema_decay: float | None = setting(None, 'paper: not mentioned', 'Average the parameters over time and end with the average', ge=0, lt=1)
     ema_interval: int = setting(100, 'official code (main.py): once per epoch', 'Steps between two contributions to the average', ge=1, le=1_000_000)
     checkpoint_interval: int = setting(50, 'ours: a minute of work at most', 'Steps between checkpoints', ge=1, le=1_000_000)
@@ -356,6 +358,7 @@ OFFICIAL = [
     *_two('background', 'random', 'official code (nerf/utils.py), row 5'),
     Change('nerf.normals', 'density', 'official code (nerf/renderer.py, nerf/network_grid.py), row 6'),
     *_two('stop_gradient', False, 'official code (nerf/utils.py, guidance/*.py), row 7'),
+    Change('coarse.normal_colours', True, 'official code (nerf/renderer.py), row 7'),
     Change('coarse.weights.normal_tv', .5, 'official code (main.py), row 7'),
     Change('fine.weights.normal_smooth', 0., 'official code (main.py), row 7'),
     Change('fine.weights.mesh_normal', .1, 'official code (nerf/renderer.py), row 8'),
@@ -365,6 +368,7 @@ OFFICIAL = [
     Change('coarse.weights.entropy', 1e-3, 'official code (main.py), row 9'),
     Change('coarse.entropy_ramp', .5, 'official code (main.py), row 9'),
     Change('coarse.weights.orient', 1e-2, 'official code (main.py), row 9'),
+    Change('coarse.mean_over', 'marched', 'official code (nerf/renderer.py, raymarching/raymarching.py), row 9'),
     Change('priors.angle_scaling', True, 'official code (guidance/zero123_utils.py), row 10'),
     *_two('loss_scale_initial', 65536., 'official code (nerf/utils.py, guidance/*.py), row 10'),
     Change('prompt.view_words', True, 'official code (nerf/utils.py, guidance/*.py), row 11'),
@@ -384,10 +388,10 @@ QUICK = [
     Change('priors.guidance_2d', 10., 'a prototype on the toybox'),
     Change('priors.guidance_3d', 3., 'a prototype on the toybox'),
     Change('nerf.log2_entries', 17, 'tuned on the toybox: collisions in smaller tables carry the photo to where nobody looked'),
-    Change('nerf.finest', 128, 'tuned on the toybox: likewise; two cells per pixel of the coarse view'),
+    Change('nerf.finest', 128, 'tuned on the toybox: likewise; 1.3 cells per pixel of the coarse view'),
     Change('nerf.blob_radius', .35, 'tuned on the toybox: a wide soft blob reaches the outline in 25 steps instead of 75'),
     Change('nerf.blob_density', 5., 'tuned on the toybox: see the radius'),
-    Change('nerf.masked_levels', 4, 'ours: half of the levels that differ at this size'),
+    Change('nerf.masked_levels', 4, 'ours: the finest quarter of the levels'),
     Change('nerf.masked_fraction', .3, 'ours: few steps'),
     Change('nerf.samples', 64, 'a prototype on the toybox: 64 samples a ray are enough; 128 take 40 % longer for .25 dB more on a chair, .03 less on a bear'),
     Change('nerf.occupancy', 64, 'ours: as fine as the coarse view'),

@@ -64,6 +64,7 @@ def shade(
     if mode not in MODES: raise ValueError(f'mode {mode!r} is none of {MODES}')
     if mode == 'albedo': return albedo
     if mode == 'normal': return (normal + 1)/2
+    if light is None: raise ValueError(f'{mode} shading needs a light')
     lit = ambient + (1 - ambient)*(normal @ light.to(normal)).clamp(min=0)[..., None]
     return lit*albedo if mode == 'lambertian' else lit.expand_as(normal)
 

@@ -540,7 +540,7 @@ def parse_toy(
     name: str, # Such as 'toybox:teddy_bear:17'
 ) -> Toy:
     "The toy with that name"
-    _, family, seed = (name.split(':') + ['', ''])[:3]
+    _, family, seed = ([*name.split(':', 2), '', ''])[:3]
     if family not in FAMILIES: raise UserError(f'{name!r}: no toy family {family!r}', f'Choose one of: {", ".join(FAMILIES)}')
     if not seed.isdecimal(): raise UserError(f'{name!r}: {seed!r} is not a seed', f'Give a whole number, such as toybox:{family}:17')
     return make_toy(family, int(seed))
@@ -1541,7 +1541,7 @@ def _triton_tile(rows, first, light, which, c2w, out, focal, height, width, samp
 
 def _triton_render(packed, which, c2w, focal, height, width, samples, out):
     across, down = -(-width//8), -(-height//8)
-    _triton_kernel()[(across*down*len(which),)](packed.rows, packed.first, packed.light, which, c2w, out, focal,
+    with torch.cuda.device_of(out): _triton_kernel()[(across*down*len(which),)](packed.rows, packed.first, packed.light, which, c2w, out, focal,
         height, width, samples, STEPS, across*down, across, num_warps=1)
 
 # %% ../nbs/04_toybox.ipynb #2e784700

@@ -160,7 +160,7 @@ def numbers_of(
     "A run's most telling numbers"
     path = Path(folder)/'metrics.json'
     m = json.loads(path.read_text()) if path.is_file() else {}
-    return {f'{view} {k}': v for view in ('reference', 'held_out') for k, v in m.get(view, {}).items()}
+    return {f'{view} {k}': v for view in ('reference', 'held_out') for k, v in m.get(view, {}).items() if not isinstance(v, dict)}
 
 def _table(columns): # {title: {name: number}} -> HTML
     names = list(dict.fromkeys(n for c in columns.values() for n in c))
