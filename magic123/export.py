@@ -94,7 +94,7 @@ def clean_mesh(
     "What is worth unwrapping"
     vertices, faces = _proper(vertices.detach(), faces)
     if len(faces) == 0: raise UserError('The mesh is empty: there is nothing to export',
-        'Export an earlier checkpoint, or run again with another seed or a clearer mask')
+        'Run again with another seed or a clearer mask')
     piece = face_components(faces)
     area = torch.zeros(int(piece.max()) + 1, device=faces.device).index_add_(0, piece, _areas(vertices, faces))
     vertices, faces = _proper(vertices, faces[area[piece] >= min_share*area.max()])

@@ -19,7 +19,7 @@ from .joint_prior import JointPrior
 from .shading import View
 from .show import UserError, spent_ms
 from .stable_diffusion import Condition, LatentDiffusion, LatentPrior
-from .tiny_priors import fuse_norms, fused_norms_work, record, warm_up
+from .tiny_priors import fuse_norms, fused_norms_work, new_place, record, warm_up
 
 # %% ../nbs/49_fast_priors.ipynb #e714e819
 class PlainAttention:
@@ -85,12 +85,12 @@ def share_beginning(
 # %% ../nbs/49_fast_priors.ipynb #343cd5c7
 class Recorded:
     "A function of tensors, without gradients"
-    def __init__(self, f: Callable[..., Tensor], *args: Tensor, pool=None): # `pool`: memory for what lies between, if others that never run at the same time may have it too
+    def __init__(self, f: Callable[..., Tensor], *args: Tensor, place=None): # `place`: as for `record`, if others that never run at the same time may have it too
         self.args, device = [a.detach().clone() for a in args], args[0].device
         with torch.no_grad():
             self.out = f(*self.args).clone()
             warm_up(lambda: f(*self.args), device)
-            self.replay, _ = record(lambda: self.out.copy_(f(*self.args)), device, pool)
+            self.replay, _ = record(lambda: self.out.copy_(f(*self.args)), device, place)
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ class RecordedBothWays:
         self.dy = torch.ones_like(self.y)
         warm_up(lambda: (there(), back()), device)
         self._graph = None # or its nodes, which belong to another stream, would be part of the recording
-        self.there, pool = record(there, device)
-        self.back, _ = record(back, device, pool)
+        self.there, place = record(there, device)
+        self.back, _ = record(back, device, place)
 
     def look(self, x: Tensor) -> int: # Whose turn it is now
         "`f(x)`, left in `self.y`"
@@ -143,7 +143,7 @@ class ThereAndBack(torch.autograd.Function):
 SPEEDS = 'plain', 'graphs', 'compiled'
 
 @cache
-def _shared_pool(device): return torch.cuda.graph_pool_handle() if device.type == 'cuda' else None
+def _shared_place(device): return new_place(device, torch.cuda.graph_pool_handle()) if device.type == 'cuda' else None
 
 def forget_between(
     vae: nn.Module, # diffusers' AutoencoderKL, changed in place
@@ -164,7 +164,7 @@ class FastDiffusion(LatentDiffusion):
         key = kind, self.pair and self.pair.on, *((a.shape, a.dtype) for a in args)
         if key not in self.recordings:
             was, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-            shared = dict(pool=_shared_pool(args[0].device)) if self.low_memory and kind is Recorded else {}
+            shared = dict(place=_shared_place(args[0].device)) if self.low_memory and kind is Recorded else {}
             try: self.recordings[key] = kind(f, *args, **shared)
             finally: torch.backends.cudnn.benchmark = was
         return self.recordings[key]

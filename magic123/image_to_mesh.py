@@ -11,7 +11,7 @@ __all__ = ['FEW', 'PICTURES', 'TINY_WORD', 'versions', 'weight_hashes', 'Job', '
            'export_mesh', 'learn_word']
 
 # %% ../nbs/53_image_to_mesh.ipynb #1bc636b6
-import hashlib, json, platform, shutil, sys, time
+import hashlib, json, os, platform, shutil, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,7 @@ from .preprocess import Reference, load_reference, read_image
 from .raster import pick_zbuffer
 from .recipe import Recipe, values
 from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, save_png, writing
-from .stable_diffusion import LatentPrior, StableDiffusionPrior, find_folder
+from .stable_diffusion import LatentPrior, StableDiffusionPrior, find_folder, find_part
 from .textual_inversion import invert, load_learned_embeds, save_learned_embeds
 from .toybox import FAMILIES, Toy, make_toy, parse_toy
 from .zero123 import ZERO123_PARTS, Zero123Prior
@@ -66,7 +66,10 @@ def weight_hashes(
     folder: str | Path, # A prior in diffusers layout
 ) -> dict[str, str]: # File below it -> SHA-256
     "Fingerprints of a prior's weights"
-    return {str(f.relative_to(folder)): _sha256(f) for f in sorted(Path(folder).rglob('*.safetensors'))}
+    folder = Path(folder)
+    files, vae = [*folder.rglob('*.safetensors')], find_part(folder, 'vae')
+    if vae and folder not in vae.parents: files += vae.glob('*.safetensors') # two priors may share one
+    return {os.path.relpath(f, folder): _sha256(f) for f in sorted(files)}
 
 @dataclass
 class Job:
@@ -159,6 +162,8 @@ def kept_reference(
     except (OSError, SafetensorError, KeyError) as e: raise UserError(f'{path} is damaged: {e}', 'Start again with `magic123 run --overwrite`') from e
 
 # %% ../nbs/53_image_to_mesh.ipynb #e032a272
+def _kept_word(job): return next(job.folder.glob('reference/word.safetensors'), None)
+
 def choose_prompt(
     job: Job,
     prior: StableDiffusionPrior,
@@ -166,7 +171,7 @@ def choose_prompt(
 ) -> tuple[str, dict[str, Tensor], str]: # The prompt, learned tokens, and where it comes from
     "What to tell the 2D prior"
     said, tiny = job.recipe.prompt, job.recipe.priors.stable_diffusion == 'tiny'
-    embeds = load_learned_embeds(said.learned_embeds) if said.learned_embeds else {}
+    embeds = load_learned_embeds(_kept_word(job) or said.learned_embeds) if said.learned_embeds else {}
     if said.text: return said.text, embeds, 'as given'
     if embeds: return 'a photo of <token>' if tiny else 'A high-resolution DSLR image of <token>', embeds, f'with the learned token {next(iter(embeds))}'
     if job.toy: return job.toy.caption(), {}, "the toy's caption"
@@ -463,7 +468,10 @@ def begin_run(
     for note in reference.notes: say(note)
     job = Job(out, recipe, str(image) if isinstance(image, (str, Path)) else 'a picture in memory', reference.notes)
     pick_backend(job.device, recipe.nerf.backend), pick_zbuffer(job.device, recipe.dmtet.backend), wanted_priors(recipe)
-    with _prepared(out, overwrite) as new: keep_reference(new, reference), replace(job, folder=new).save()
+    with _prepared(out, overwrite) as new:
+        keep_reference(new, reference)
+        if word := recipe.prompt.learned_embeds: save_learned_embeds(new/'reference'/'word.safetensors', load_learned_embeds(word))
+        replace(job, folder=new).save()
     return job
 
 def for_team(
@@ -494,10 +502,13 @@ def reconstruct(
     folder = team.alone(lambda: begin_run(image, out, for_team(recipe, team, say), overwrite, say).folder)
     return continue_run(folder, say, on_step)
 
+def _as_lists(word): return {token: v.tolist() for token, v in load_learned_embeds(word).items()}
+
 def _other(job, image, recipe): # What an older run was told that is not so now; '' if nothing
     was, now = values(job.recipe), values(_checked_prompt(recipe))
     free = {'device', 'threads', 'prompt.text'*(recipe.prompt.text is None)} | {p for p in now if p.endswith('novel_views') and join().size > 1}
     if not np.array_equal(kept_reference(job).rgba, read_image(image)): return 'another picture'
+    if (word := recipe.prompt.learned_embeds) and (kept := _kept_word(job)) and _as_lists(kept) != _as_lists(word): return f'what {word} held before'
     return 'other settings: ' + ', '.join(f'{p} {was[p]} and not {now[p]}' for p in changed[:3]) if (changed := [p for p in now if p not in free and was[p] != now[p]]) else ''
 
 def _begin_or_go_on(image, out, recipe, overwrite, say, on_step):

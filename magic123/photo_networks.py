@@ -384,7 +384,7 @@ def camera_traces(
 
 def shadow(
     alpha: Tensor, # (B,1,S,S)
-) -> Tensor: # Share of the light that is missing, 0 under the object's own outline's far side
+) -> Tensor: # Share of the light that is missing: (B,1,S,S)
     "The outline, flattened and blurred, somewhere below"
     b, d = len(alpha), alpha.device
     U = lambda lo, hi, *shape: _uniform(lo, hi, b, *shape, device=d)

@@ -431,7 +431,7 @@ def local_depth_model(
 
 def _network_input(rgb, folder, config):
     from transformers import AutoImageProcessor
-    try: known = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
+    try: known = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     except Exception: known = {}
     size = known.get('size') or {'height': getattr(config, 'image_size', None) or config.backbone_config.image_size}
     mean, std = (torch.tensor(known.get(k) or [.5]*3, device=rgb.device) for k in ('image_mean', 'image_std'))
@@ -455,7 +455,7 @@ def estimate_depth(
     from transformers import AutoModelForDepthEstimation
     from magic123.stable_diffusion import quiet # it comes later in the book
     try:
-        with quiet(): network = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True).to(rgb.device).float().eval()
+        with quiet(): network = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to(rgb.device).float().eval()
     except (OSError, ValueError) as e: raise UserError(f'No depth network could be loaded from {folder}',
         'Give a folder or a downloaded hub id as "dpt:FOLDER", or use "none"') from e
     with quiet(): seen = _network_input(rgb, folder, network.config)

@@ -381,7 +381,7 @@ def token_numbers(
     from magic123.stable_diffusion import quiet
     with quiet():
         from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(Path(folder)/'stable_diffusion/tokenizer')
+        tokenizer = AutoTokenizer.from_pretrained(Path(folder)/'stable_diffusion/tokenizer', local_files_only=True, trust_remote_code=False)
     return tokenizer(texts, padding='max_length', truncation=True, return_tensors='pt').input_ids
 
 def measure_2d(

@@ -306,7 +306,8 @@ class Words:
         "From a complete folder, see `find_folder`"
         with quiet():
             from transformers import AutoTokenizer, CLIPTextModel
-            tokenizer = AutoTokenizer.from_pretrained(folder/'tokenizer', local_files_only=True)
+            try: tokenizer = AutoTokenizer.from_pretrained(folder/'tokenizer', local_files_only=True, trust_remote_code=False)
+            except Exception as e: raise UserError(f'{folder}/tokenizer cannot be read: {_first_line(e)}', 'Take the tokenizer from where the model was first published') from e
         return cls(tokenizer, load_part(CLIPTextModel, find_part(folder, 'text_encoder'), device, dtype))
 
     @property

@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'load_learned_embeds', 'save_learned_embeds', 'augment',
            'encode_variants', 'invert']
 
 # %% ../nbs/42_textual_inversion.ipynb #91adebf4
-import math
+import math, re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,11 @@ from .stable_diffusion import Condition, LatentDiffusion, StableDiffusionPrior, 
 
 # %% ../nbs/42_textual_inversion.ipynb #d1fea792
 def _words_of(found, name):
+    own = lambda n: n if re.search(r'\W|_', n) else f'<{n}>' # a file called `e` must not take over every e of a prompt
     if 'string_to_param' in found:
         params = found['string_to_param']
-        found = {found.get('name') or name: v for v in getattr(params, '_parameters', params).values()}
-    if 'emb_params' in found: found = {name: found['emb_params']}
+        found = {own(found.get('name') or name): v for v in getattr(params, '_parameters', params).values()}
+    if 'emb_params' in found: found = {own(name): found['emb_params']}
     rows = {str(token): v.detach().float() for token, v in found.items() if isinstance(v, Tensor)}
     return {token if i == 0 else f'{token}_{i}': row for token, v in rows.items() for i, row in enumerate(v if v.ndim == 2 else [v])}
 

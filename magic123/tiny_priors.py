@@ -7,13 +7,13 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'Architecture', 'build_unet', 'build_vae', 'split_words', 'word_list', 'build_tokenizer', 'word_ids',
            'encode_caption', 'build_text_encoder', 'build_image_encoder', 'build_projection', 'build_models',
            'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses', 'relative_poses',
-           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'record', 'captured', 'Job', 'fit',
-           'worsen', 'to_net', 'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents', 'round_blocks',
-           'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight', 'even_timesteps',
-           'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors', 'ddim_sample', 'decode',
-           'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid', 'save_checkpoint',
-           'load_checkpoint', 'load_weights', 'Training', 'TrainingLog', 'train', 'measure', 'save_priors',
-           'model_card', 'load_priors']
+           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'record', 'new_place', 'captured',
+           'Job', 'fit', 'worsen', 'to_net', 'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents',
+           'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight',
+           'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors',
+           'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid',
+           'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'TrainingLog', 'train', 'measure',
+           'save_priors', 'model_card', 'load_priors']
 
 # %% ../nbs/45_tiny_priors.ipynb #f10c7683
 import json, math, re, time
@@ -409,7 +409,7 @@ def make_world(
     else: toys = [*map(_toy, jobs)]
     seen = sample_views(count, views, references, g)
     plain = torch.tensor([90., 0., 1.8])
-    seen[:, :references] = plain + jitter*(seen[:, :references] - plain)
+    seen[:, :references, :2] = plain[:2] + jitter*(seen[:, :references, :2] - plain[:2])
     seen[..., 2] = 1.8 + jitter*(seen[..., 2] - 1.8)
     return World(toys, pack_toys(toys), seen, jitter*.05*(2*torch.rand(count, 3, generator=g) - 1), references)
 
@@ -494,13 +494,20 @@ def warm_up(
 def record(
     work: Callable[[], None], # Reads and writes tensors that stay where they are
     device: torch.device,
-    pool=None, # Memory of another recording that this one goes on from
-) -> tuple[Callable[[], None], object]: # Does it again, and the memory it has
+    place=None, # Memory and stream of another recording, for one that goes on from it, or never runs at the same time
+) -> tuple[Callable[[], None], object]: # Does it again, and its place
     "`work` as a CUDA graph; on a CPU `work` itself"
     if device.type != 'cuda': return work, None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'): work()
-    return graph.replay, graph.pool()
+    graph, (pool, stream) = torch.cuda.CUDAGraph(), place or new_place(device, None)
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'): work()
+    return graph.replay, (graph.pool(), stream)
+
+def new_place(
+    device: torch.device,
+    pool, # Of `torch.cuda.graph_pool_handle()`; None for one of its own
+): # For `record`
+    "Memory, and a stream: cuBLAS has a workspace for each, which recordings that run side by side must not share"
+    return pool, torch.cuda.Stream(device)
 
 def captured(
     step, # Draws its own batch, returns nothing
@@ -530,6 +537,7 @@ def fit(
     max_steps: int = 10**9,
 ) -> dict: # Curves, steps, seconds
     "Train until the time is over"
+    if seconds <= 0: raise UserError(f'No time is left to train {", ".join(j.name for j in jobs)}: what comes before took all of it', 'Give more --seconds, or fewer --objects, --pool and --sights')
     begin = time.perf_counter()
     for job in jobs: job.trainee.schedule(spent/max(budget or spent + seconds, 1e-6), warmup)
     steps = [captured(lambda j=j: j.trainee.update(j.loss()), device) for j in jobs]
