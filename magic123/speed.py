@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from .cameras import Camera
 from .dmtet import DMTet
+from .experiment import code_digest
 from .fast_priors import prior_speed
 from .hashgrid import BACKENDS, HashGrid, pick_backend
 from .image_to_mesh import for_team, make_nerf, pick_dtype, prior_folder, ready_device, ready_priors, versions
@@ -40,7 +41,7 @@ from .toybox import Toy, parse_toy
 from .zero123 import Zero123Prior, tell_one_token
 
 # %% ../nbs/63_speed.ipynb #4ad083bf
-OFFICIAL = dict(source='measured.md, part A: the official code (11b72ac5) with random weights of the true sizes on one H100, one of two machines',
+OFFICIAL = dict(source='measured for this book: the official code (11b72ac5), unmodified, with random weights of the true sizes on one H100, one of two machines',
     coarse=dict(reference=83.2, novel=270.9, seconds=1107., busy=dict(reference=58.5, novel=123.7, seconds=532.), peak_allocated_gib=10.93),
     fine=dict(reference=47.1, novel=217.9, seconds=864., busy=dict(reference=16.2, novel=80.9, seconds=319.), peak_allocated_gib=11.05))
 
@@ -340,7 +341,7 @@ def beside_official(
     return dict(wall=round(o['seconds']/stage['seconds'], 2), busy=round(o['busy']['seconds']/stage['seconds'], 2))
 
 # %% ../nbs/63_speed.ipynb #2ad87533
-TCNN = dict(source='measured.md A.3: tiny-cuda-nn 6ee3546b on an H100, fp16, ms', forward={'19 random': .48, '19 rays': .32, '21 random': 1.50, '21 rays': 1.12},
+TCNN = dict(source='measured for this book: tiny-cuda-nn 6ee3546b on an H100, fp16, ms', forward={'19 random': .48, '19 rays': .32, '21 random': 1.50, '21 rays': 1.12},
     both={'19 random': 1.95, '19 rays': 2.06, '21 random': 6.72, '21 rays': 7.56})
 
 def some_points(
@@ -777,7 +778,7 @@ def add_result(
     "Add one part's numbers to the file"
     results = load_results(path)
     group = results['settings'].setdefault(setting, {})
-    group |= {name: found, 'about': about}
+    group |= {name: found, 'about': about, 'made': group.get('made', {}) | {name: dict(date=about.get('date'), code=code_digest())}}
     if {'coarse', 'fine'} <= group.keys():
         stages = [group[s] for s in ('coarse', 'fine')]
         group['seconds_both_stages'] = round(sum(s['seconds'] for s in stages), 1)
