@@ -12,7 +12,7 @@ EXPERIMENTS = sorted(NBS.glob('7*.ipynb'))
 SMALL = {'threads': 1, 'coarse.steps': 3, 'coarse.resolution': 16, 'coarse.reference_resolution': 16, 'fine.steps': 2, 'fine.resolution': 32, 'fine.reference_resolution': 32,
     'nerf.log2_entries': 10, 'nerf.occupancy': 16, 'nerf.samples': 24, 'dmtet.resolution': 16}
 SAME = '71_table1', '72_table2', '73_trade_off', '75_gallery', '76_coarse_and_fine' # they make runs of one kind: small ones, of small networks, will do
-KEEPS = {'70_reconstruct': {}, '77_ablations': dict(words='learned', settings=SMALL | {'export.formats': [], 'export.turntable_views': 2, 'export.turntable_size': 32}), '78_paper_or_official': {}} # those that go on where they were stopped
+KEEPS = {'70_reconstruct': dict(settings=SMALL | {'export.perceptual': True, 'export.turntable_views': 2, 'export.turntable_size': 32}), '77_ablations': dict(words='learned', settings=SMALL | {'export.formats': [], 'export.turntable_views': 2, 'export.turntable_size': 32}), '78_paper_or_official': {}} # those that go on where they were stopped
 
 def run(notebook, out, given):
     done = papermill.execute_notebook(notebook, out/'out.ipynb', given | dict(out=str(out)), cwd=notebook.parent, progress_bar=False, kernel_name='python3')
