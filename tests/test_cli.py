@@ -123,7 +123,7 @@ def test_odd_names_on_a_poor_terminal(picture, folder, tmp_path, short):
     'No such folder: ./nowhere': ['--priors.zero123', './nowhere', '--coarse.weight-2d', '0', '--fine.weight-2d', '0']}.items())
 def test_bad_recipe(words, flags, tmp_path, shell):
     code, said = shell('run', 'toybox:mug:900003', '--out', tmp_path/'out', *flags)
-    assert code == 2 and words in said
+    assert code == 2 and words in said, said
     assert not (tmp_path/'out').exists()
 
 def test_unknown_field_in_a_file(tmp_path, shell):
