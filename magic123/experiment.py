@@ -274,10 +274,11 @@ def find_notebook(
     return found.resolve()
 
 # %% ../nbs/61_experiment.ipynb #eb738ee6
-def _object(image):
-    path = Path(image)
+def _object(image, above=False): # `above`: with the name of the folder that it is in
     if image.startswith('toybox:'): return '_'.join(image.split(':')[1:])
-    return path.resolve().parent.name if path.stem in ('rgba', 'image') else path.stem
+    path = Path(os.path.abspath(image))
+    path = path.parent if path.stem in ('rgba', 'image') else path.with_suffix('')
+    return f'{path.parent.name}_{path.name}' if above else path.name
 
 @lru_cache(1024)
 def _toy_exists(name):
@@ -304,7 +305,7 @@ def _images(patterns):
 
 def _objects(images): # A name for each; its folder's before it where two files are called alike
     names = [_object(o) for o in images]
-    names = [f'{Path(o).resolve().parent.name}_{n}' if names.count(n) > 1 else n for o, n in zip(images, names)]
+    names = [_object(o, names.count(n) > 1) for o, n in zip(images, names)]
     for n in names:
         if names.count(n) > 1: raise _user_error(f'Two pictures would both be called {n}: {", ".join(o for o, other in zip(images, names) if other == n)}', 'Rename one, or its folder')
     return names

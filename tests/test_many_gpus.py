@@ -96,7 +96,7 @@ def test_speed_is_measured_together_and_written_once(tmp_path, recipe_file):
     said = finish(subprocess.Popen(list(map(str, argv)), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     (setting, found), = json.loads((tmp_path/'speed.json').read_text())['settings'].items()
     assert setting == 'cpu graphs 2 processes' and found['coarse']['seconds'] > 0 and said.count('\nvolume: ') + said.startswith('volume: ') == 1
-    assert {k for k in found['scaling'] if k.endswith('views')} == {f'{stage} {n} views' for stage in ('coarse', 'fine') for n in (2, 4)}
+    assert {k for k in found['scaling'] if k.endswith('views')} == {f'{stage} {n} views' for stage in ('coarse', 'fine') for n in (2, 4, 8)}
 
 def test_objects_side_by_side(recipe_file):
     "One object at a time, and two"
