@@ -162,7 +162,7 @@ def kept_reference(
     except (OSError, SafetensorError, KeyError) as e: raise UserError(f'{path} is damaged: {e}', 'Start again with `magic123 run --overwrite`') from e
 
 # %% ../nbs/53_image_to_mesh.ipynb #e032a272
-def _kept_word(job): return next(job.folder.glob('reference/word.safetensors'), None)
+def _kept_word(folder): return folder/'reference'/'word.safetensors' # older runs have none
 
 def choose_prompt(
     job: Job,
@@ -170,8 +170,8 @@ def choose_prompt(
     reference: Reference,
 ) -> tuple[str, dict[str, Tensor], str]: # The prompt, learned tokens, and where it comes from
     "What to tell the 2D prior"
-    said, tiny = job.recipe.prompt, job.recipe.priors.stable_diffusion == 'tiny'
-    embeds = load_learned_embeds(_kept_word(job) or said.learned_embeds) if said.learned_embeds else {}
+    said, tiny, kept = job.recipe.prompt, job.recipe.priors.stable_diffusion == 'tiny', _kept_word(job.folder)
+    embeds = load_learned_embeds(kept if kept.is_file() else said.learned_embeds) if said.learned_embeds else {}
     if said.text: return said.text, embeds, 'as given'
     if embeds: return 'a photo of <token>' if tiny else 'A high-resolution DSLR image of <token>', embeds, f'with the learned token {next(iter(embeds))}'
     if job.toy: return job.toy.caption(), {}, "the toy's caption"
@@ -470,7 +470,7 @@ def begin_run(
     pick_backend(job.device, recipe.nerf.backend), pick_zbuffer(job.device, recipe.dmtet.backend), wanted_priors(recipe)
     with _prepared(out, overwrite) as new:
         keep_reference(new, reference)
-        if word := recipe.prompt.learned_embeds: save_learned_embeds(new/'reference'/'word.safetensors', load_learned_embeds(word))
+        if word := recipe.prompt.learned_embeds: save_learned_embeds(_kept_word(new), load_learned_embeds(word))
         replace(job, folder=new).save()
     return job
 
@@ -508,7 +508,7 @@ def _other(job, image, recipe): # What an older run was told that is not so now;
     was, now = values(job.recipe), values(_checked_prompt(recipe))
     free = {'device', 'threads', 'prompt.text'*(recipe.prompt.text is None)} | {p for p in now if p.endswith('novel_views') and join().size > 1}
     if not np.array_equal(kept_reference(job).rgba, read_image(image)): return 'another picture'
-    if (word := recipe.prompt.learned_embeds) and (kept := _kept_word(job)) and _as_lists(kept) != _as_lists(word): return f'what {word} held before'
+    if (word := recipe.prompt.learned_embeds) and (kept := _kept_word(job.folder)).is_file() and _as_lists(kept) != _as_lists(word): return f'what {word} held before'
     return 'other settings: ' + ', '.join(f'{p} {was[p]} and not {now[p]}' for p in changed[:3]) if (changed := [p for p in now if p not in free and was[p] != now[p]]) else ''
 
 def _begin_or_go_on(image, out, recipe, overwrite, say, on_step):

@@ -76,8 +76,8 @@ def view_terms(
     stage: Stage,
 ) -> dict[str, Tensor]: # Loss name -> scalar
     "What any view owes: Eq. 3 and the scene's own terms"
-    share = view.aux.get('seen', 1.) if stage.mean_over == 'marched' else 1. # of the samples; what the others would add is nothing
-    terms = {k: share*v for k, v in scene.regularisers(view).items()}
+    terms = dict(scene.regularisers(view))
+    if stage.mean_over == 'marched': terms = {k: view.aux.get('seen', 1.)*v for k, v in terms.items()} # what the unseen would add is nothing
     if view.normal is not None:
         normal = (view.normal + view.alpha.detach())/2 if stage.normal_colours else view.normal
         if stage.weights.normal_smooth: terms['normal_smooth'] = normal_smooth_loss(normal, stop_gradient=stage.stop_gradient)

@@ -540,7 +540,7 @@ def load_reference(
         for what, said, known in (('mask', mask, ('auto',)), ('depth', depth, ('auto', 'none'))):
             if str(said) not in known: raise UserError(f'A toy brings its own {what}, and {said} was asked for', f'Take {" or ".join(known)}; or a picture of the toy')
         reference = reference_from_toy(source, Camera.orbit(polar, azimuth, radius, fovy))
-        return (replace(reference, depth=None, _sizes={}) if depth == 'none' else reference).to(device)
+        return (replace(reference, depth=None) if depth == 'none' else reference).to(device)
     notes = []
     rgba = read_image(source, notes)
     alpha = torch.tensor(find_mask(rgba, mask, notes))[..., None]

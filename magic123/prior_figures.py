@@ -378,10 +378,8 @@ def token_numbers(
     texts: list[str],
 ) -> Tensor: # (N,L)
     "Captions as the text encoder reads them"
-    from magic123.stable_diffusion import quiet
-    with quiet():
-        from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(Path(folder)/'stable_diffusion/tokenizer', local_files_only=True, trust_remote_code=False)
+    from magic123.stable_diffusion import load_tokenizer
+    tokenizer = load_tokenizer(Path(folder)/'stable_diffusion/tokenizer')
     return tokenizer(texts, padding='max_length', truncation=True, return_tensors='pt').input_ids
 
 def measure_2d(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAFE', 'VARIANTS', 'PARTS', 'WORDS', 'VIEWS', 'part_weights', 'find_part', 'missing_parts', 'find_folder', 'quiet',
            'load_part', 'tiny_vae', 'tiny_unet', 'tiny_random', 'carry_gradient', 'fit_picture', 'follow_colours',
-           'Condition', 'LatentDiffusion', 'Words', 'install_token', 'view_weights', 'LatentPrior',
+           'Condition', 'LatentDiffusion', 'load_tokenizer', 'Words', 'install_token', 'view_weights', 'LatentPrior',
            'StableDiffusionPrior']
 
 # %% ../nbs/41_stable_diffusion.ipynb #7703adc9
@@ -296,6 +296,15 @@ class LatentDiffusion:
         return classifier_free_guidance(*self.predict_noise(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2), scale)
 
 # %% ../nbs/41_stable_diffusion.ipynb #fc203f18
+def load_tokenizer(
+    folder: str | Path, # With tokenizer_config.json and its tables
+): # Of transformers
+    "What turns words into numbers; code that lies beside it stays asleep"
+    with quiet():
+        from transformers import AutoTokenizer
+        try: return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as e: raise UserError(f'{folder} cannot be read: {_first_line(e)}', 'Take the tokenizer from where the model was first published') from e
+
 @dataclass
 class Words:
     "A tokenizer and a text encoder"
@@ -306,10 +315,8 @@ class Words:
     def load(cls, folder: Path, device='cpu', dtype=torch.float32) -> 'Words':
         "From a complete folder, see `find_folder`"
         with quiet():
-            from transformers import AutoTokenizer, CLIPTextModel
-            try: tokenizer = AutoTokenizer.from_pretrained(folder/'tokenizer', local_files_only=True, trust_remote_code=False)
-            except Exception as e: raise UserError(f'{folder}/tokenizer cannot be read: {_first_line(e)}', 'Take the tokenizer from where the model was first published') from e
-        return cls(tokenizer, load_part(CLIPTextModel, find_part(folder, 'text_encoder'), device, dtype))
+            from transformers import CLIPTextModel
+        return cls(load_tokenizer(folder/'tokenizer'), load_part(CLIPTextModel, find_part(folder, 'text_encoder'), device, dtype))
 
     @property
     def room(self) -> int: return min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings) # tokens
