@@ -44,7 +44,8 @@ def _kernel(): # papermill's arguments for a kernel that says nothing
     from traitlets.config import Config
     with tempfile.TemporaryDirectory() as sockets:
         how = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')) if os.name == 'posix' else Config()
-        yield dict(kernel_name='python3', progress_bar=False, start_timeout=300, extra_arguments=['--log-level=CRITICAL'], config=how)
+        silent = "__import__('logging').getLogger('tornado').setLevel('CRITICAL')"
+        yield dict(kernel_name='python3', progress_bar=False, start_timeout=300, extra_arguments=['--log-level=CRITICAL', f'--IPKernelApp.exec_lines={silent}'], config=how)
 
 # %% ../nbs/61_experiment.ipynb #63f8f476
 class Parameter(NamedTuple):

@@ -15,11 +15,12 @@ TAKES = '''number: float = 1. # to be doubled
 does: str = 'double' # or: fail, die, meet, wait
 out: str = ''
 '''
-DOES = '''import os, signal, time
+DOES = '''import logging, os, signal, time
 from pathlib import Path
 from magic123.experiment import report
 home = Path(out).parent
 (Path(out)/'kernel').write_text(str(os.getpid()))
+logging.getLogger('tornado.general').error('Traceback: a socket is gone') # as a kernel says that is told to end
 
 def until(true):
     for _ in range(1200):
