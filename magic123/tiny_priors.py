@@ -150,8 +150,8 @@ def _norm_kernels():
         s = 1/(1 + tl.exp(-u))
         return dy*s*(1 + u*(1 - s))
 
-    @triton.jit
-    def _sums(x, dy, scale, shift, out, pixels, C: tl.constexpr, CP: tl.constexpr, rows: tl.constexpr, splits: tl.constexpr, act: tl.constexpr, slope: tl.constexpr):
+    @triton.jit(do_not_specialize=['pixels', 'splits'])
+    def _sums(x, dy, scale, shift, out, pixels, splits, C, CP: tl.constexpr, rows: tl.constexpr, act: tl.constexpr, slope: tl.constexpr):
         n, part = tl.program_id(0), tl.program_id(1)
         c, r = tl.arange(0, CP)[None, :], tl.arange(0, rows)[:, None]
         a, b = tl.zeros([rows, CP], tl.float32), tl.zeros([rows, CP], tl.float32)
@@ -171,8 +171,8 @@ def _norm_kernels():
         tl.store(out + (n*splits + part)*2*C + c, tl.sum(a, 0), c < C)
         tl.store(out + ((n*splits + part)*2 + 1)*C + c, tl.sum(b, 0), c < C)
 
-    @triton.jit
-    def _tables(parts, weight, bias, stats, one, two, three, four, count, eps, splits, C: tl.constexpr, size: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, slope: tl.constexpr):
+    @triton.jit(do_not_specialize=['count', 'splits', 'size'])
+    def _tables(parts, weight, bias, stats, one, two, three, four, count, eps, splits, C, size, width: tl.constexpr, rows: tl.constexpr, slope: tl.constexpr):
         n, g, G = tl.program_id(0), tl.program_id(1), C//size
         c, r = tl.arange(0, width)[None, :], tl.arange(0, rows)[:, None]
         a, b = tl.zeros([rows, width], tl.float32), tl.zeros([rows, width], tl.float32)
@@ -199,8 +199,8 @@ def _norm_kernels():
             tl.store(one + at, rstd*w, inside)
             tl.store(two + at, tl.load(bias + g*size + c, inside, 0.).to(tl.float32) - mean*rstd*w, inside)
 
-    @triton.jit
-    def _affine(x, dy, scale, shift, B, D, out, pixels, C: tl.constexpr, CP: tl.constexpr, rows: tl.constexpr, act: tl.constexpr, slope: tl.constexpr):
+    @triton.jit(do_not_specialize=['pixels'])
+    def _affine(x, dy, scale, shift, B, D, out, pixels, C, CP: tl.constexpr, rows: tl.constexpr, act: tl.constexpr, slope: tl.constexpr):
         n = tl.program_id(0)
         c, r = tl.arange(0, CP)[None, :], tl.program_id(1)*rows + tl.arange(0, rows)[:, None]
         at, inside = (n*pixels + r)*C + c, (r < pixels) & (c < C)
@@ -227,7 +227,7 @@ def _launch(x):
 def _sums_of(x, dy, scale, shift, act, slope):
     n, pixels, C, CP, rows, splits = _launch(x)
     out = x.new_empty((n, splits, 2, C), dtype=torch.float32)
-    with torch.cuda.device_of(x): _sums[n, splits](x, dy, scale, shift, out, pixels, C, CP, rows, splits, act, slope)
+    with torch.cuda.device_of(x): _sums[n, splits](x, dy, scale, shift, out, pixels, splits, C, CP, rows, act and slope, slope)
     return out
 
 def _tables_of(parts, weight, bias, stats, pixels, eps, slope):
