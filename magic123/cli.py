@@ -132,35 +132,37 @@ def make_run(
         """
         given = chosen_recipe(['--recipe', recipe])
         given = given.replace(changed(given, settings) | ({'priors.speed': 'plain'} if no_compile else {}), 'command line')
-        from magic123.image_to_mesh import reconstruct
-        with Watch(shell_console(quiet=not first())) as watch: _show(reconstruct(image, out, given, overwrite, watch.say, watch.on_step), watch)
+        from magic123.image_to_mesh import reconstruct, run_folder
+        with Watch(shell_console(quiet=not first())) as watch: _show(reconstruct(image, out or run_folder(image, recipe), given, overwrite, watch.say, watch.on_step), watch)
     return run
 
-def resume(folder: tyro.conf.Positional[str], /, device: str | None = None):
+def resume(folder: tyro.conf.Positional[str], /, device: str | None = None, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
     """Continue a run that was stopped.
 
     Args:
         folder: The run's folder, or a folder of runs
         device: auto, cpu, cuda or cuda:1; as before if not given
+        low_memory: Need less memory from now on: slower, the same result
     """
     from magic123.image_to_mesh import resume as go_on
-    with Watch(shell_console(quiet=not first())) as watch: _show(go_on(folder, watch.say, watch.on_step, device), watch)
+    with Watch(shell_console(quiet=not first())) as watch: _show(go_on(folder, watch.say, watch.on_step, device, low_memory), watch)
 
 def learn(image: tyro.conf.Positional[str], /, out: str | None = None, word: str | None = None, steps: int | None = None, recipe: str = 'quick', device: str | None = None,
-        overwrite: tyro.conf.FlagCreatePairsOff[bool] = False):
+        overwrite: tyro.conf.FlagCreatePairsOff[bool] = False, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
     """Learn the word that means a photo, for `--prompt.learned-embeds`.
 
     Args:
         image: A picture, or a toy such as toybox:teddy_bear:17
         out: The file, .safetensors; runs/NAME-word.safetensors if not given
-        word: The plain word that it starts from; what the tiny prior recognises, or "object", if not given
-        steps: Steps of the optimiser; 150 for the tiny prior, 3000 for others, if not given
+        word: The plain word that it starts from; what a tiny prior recognises, or "object", if not given
+        steps: Steps of the optimiser; 150 for a tiny prior, 3000 for others, if not given
         recipe: quick, paper, official, or a JSON file: whose 2D prior is to know the word
         device: auto, cpu, cuda or cuda:1; the recipe's if not given
         overwrite: Replace an older file
+        low_memory: Need less memory: slower, the same word
     """
     from magic123.image_to_mesh import learn_word
-    given = {} if device is None else {'device': device}
+    given = ({} if device is None else {'device': device}) | ({'low_memory': True} if low_memory else {})
     with Watch(shell_console()) as watch:
         path = learn_word(image, out, recipe, word, steps, overwrite, watch.say, watch.on_step, **given)
         watch.say(f'Learned: {path}\nUse it with `magic123 run {image}{"" if recipe == "quick" else f" --recipe {recipe}"} --prompt.learned-embeds {path}`')
@@ -349,8 +351,10 @@ def main(
     argv = [w for w in argv if w != '--debug']
     if not debug: warnings.simplefilter('ignore')
     os.environ.setdefault('GOMP_SPINCOUNT', '1000') # torch and numba bring an OpenMP each; before torch is imported: let idle threads sleep
-    is_user_error = lambda e: type(e).__name__ == 'UserError'
+    kinds = lambda e: {kind.__name__ for kind in type(e).__mro__} # by name: their modules bring torch
+    is_user_error = lambda e: 'UserError' in kinds(e)
     disk = lambda e: isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    denied = lambda e: isinstance(e, PermissionError)
     try:
         run = make_run(chosen_recipe(argv) if argv[:1] == ['run'] else Recipe.preset('quick'))
         train_priors = make_train_priors() if argv[:1] == ['train-priors'] else _train_priors
@@ -368,10 +372,11 @@ def main(
         return 141 # as a shell has it
     except Exception as e:
         if debug: raise
-        if is_user_error(e): first() and _complain(console, e.message, e.hint)
+        if is_user_error(e): (first() or 'OutOfMemory' in kinds(e)) and _complain(console, e.message, e.hint)
         elif disk(e): _complain(console, f'Could not write {e.filename or "a file"}: {e.strerror}', 'Free some space, then continue with `magic123 resume`')
+        elif denied(e): _complain(console, f'{e.filename or "A file"} may not be read or written: permission denied', 'Change its permissions, or choose another place')
         else: _complain(console, f'unexpected error: {type(e).__name__}: {(str(e).strip().splitlines() or [""])[0]}', 'Run again with --debug to see where; the run folder is kept')
-        return 2 if is_user_error(e) or disk(e) else 1
+        return 2 if is_user_error(e) or disk(e) or denied(e) else 1
 
 # %% ../nbs/54_cli.ipynb #e2bf7792
 #| eval: false

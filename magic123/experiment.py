@@ -8,11 +8,11 @@ __all__ = ['JOB', 'PAGE_JOB', 'STRIP_VIEWS', 'STRIP_SIZE', 'Parameter', 'paramet
            'smaller', 'gpus', 'worker_environments', 'slurm_cluster', 'own_cluster', 'connect', 'time_left', 'Board',
            'gather', 'write_table', 'run_grid', 'reconstruct_once', 'jobs', 'prompt_of', 'take', 'rows_in',
            'finished_rows', 'work', 'work_together', 'Results', 'save_results', 'in_order', 'load_results',
-           'whole_seeds', 'mean_and_margin', 'over_seeds', 'with_spread', 'picture_sheet', 'save_sheet', 'load_sheet',
-           'main']
+           'whole_seeds', 'mean_and_margin', 'paired', 'over_seeds', 'with_spread', 'picture_sheet', 'save_sheet',
+           'load_sheet', 'main']
 
 # %% ../nbs/61_experiment.ipynb #55c3f52c
-import ast, contextlib, difflib, hashlib, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
+import ast, contextlib, difflib, hashlib, heapq, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +43,8 @@ def _write(path, text):
 def _kernel(): # papermill's arguments for a kernel that says nothing
     from traitlets.config import Config
     with tempfile.TemporaryDirectory() as sockets:
-        how = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')) if os.name == 'posix' else Config()
+        files = os.name == 'posix' and len(os.fsencode(sockets)) < 90 # of the 107 bytes that a socket's path may have
+        how = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')) if files else Config()
         silent = "__import__('logging').getLogger('tornado').setLevel('CRITICAL')"
         yield dict(kernel_name='python3', progress_bar=False, start_timeout=300, extra_arguments=['--log-level=CRITICAL', f'--IPKernelApp.exec_lines={silent}'], config=how)
 
@@ -228,7 +229,7 @@ def execute(
 class Grid(Settings):
     "Runs to make"
     notebook: str = setting('70_reconstruct', 'ours', 'Name of an experiment, or path of a notebook')
-    objects: tuple[str, ...] = setting((), 'ours', 'Photos, patterns such as photos/*.png, or toys')
+    objects: tuple[str, ...] | dict[str, dict[str, Any]] = setting((), 'ours', 'Photos, patterns such as photos/*.png, or toys; or, of each, the settings that it needs, such as prompt.text')
     recipes: tuple[str, ...] | dict[str, str | dict[str, Any]] = setting((), 'ours', 'Presets or files; or a name for each, with what it changes `from` a preset')
     seeds: tuple[int, ...] = setting((), 'ours', 'Where chance begins')
     settings: dict[str, Any] = setting({}, 'ours', "The recipe's settings that differ, in every run")
@@ -298,11 +299,12 @@ def _matches(pattern):
     if '*' not in pattern: return [str(Path(pattern).resolve())] if Path(pattern).exists() else []
     return sorted(str(p.resolve()) for p in (Path('/').glob(pattern[1:]) if Path(pattern).is_absolute() else Path().glob(pattern)))
 
-def _images(patterns):
-    found = [_matches(p) for p in patterns]
-    for p, f in zip(patterns, found):
-        if not f: raise _user_error(f'No picture matches {p}', 'Check the grid\'s `objects`')
-    return list(dict.fromkeys(o for f in found for o in f))
+def _images(objects): # of each, the settings that it needs
+    found = {}
+    for pattern in objects:
+        if not (matches := _matches(pattern)): raise _user_error(f'No picture matches {pattern}', 'Check the grid\'s `objects`')
+        for o in matches: found[o] = found.get(o, {}) | (objects[pattern] if isinstance(objects, dict) else {})
+    return found
 
 def _objects(images): # A name for each; its folder's before it where two files are called alike
     names = [_object(o) for o in images]
@@ -319,7 +321,7 @@ def _recipes(given):
 
 def _axes(grid, known): # Of each axis, its values: labels, parameters, settings
     images = _images(grid.objects)
-    yield [(dict(object=name), dict(image=o), {}) for name, o in zip(_objects(images), images)]
+    yield [(dict(object=name), dict(image=o), needs) for name, (o, needs) in zip(_objects(images), images.items())]
     yield [(dict(recipe=name), dict(recipe=base), changes) for name, base, changes in _recipes(grid.recipes)]
     yield [(dict(seed=s), dict(seed=s), {}) for s in grid.seeds]
     for name, tried in grid.vary.items():
@@ -418,6 +420,7 @@ def worker_environments(
         if gpu_memory and any(math.isnan(free) for _, free in found): raise _user_error('nvidia-smi does not say how much memory is free here', 'Leave out `--gpu-memory`: each GPU then has one run at a time')
         room = [(uuid, int(free/gpu_memory) if gpu_memory else 1) for uuid, free in found]
         places = [{'CUDA_VISIBLE_DEVICES': uuid} for i in range(max(n for _, n in room)) for uuid, n in room if i < n][:workers]
+        if workers and 0 < len(places) < workers: raise _user_error(f'--workers is {workers}, and the GPUs here have room for {len(places)}', 'Let several runs share a GPU with `--gpu-memory`, the GB that one needs, or leave out `--workers`')
         if not places: raise _user_error(f'No GPU has {gpu_memory:g} GB free; there are {", ".join(f"{free:.1f}" for _, free in found)}', 'Say less with `--gpu-memory`, or wait')
     from dask.system import CPU_COUNT
     threads = os.environ.get('OMP_NUM_THREADS', str(max(1, CPU_COUNT//len(places))))
@@ -481,9 +484,16 @@ def time_left(
     seconds: list[float], # What each run took that has ended
     left: int, # How many have not
     workers: int,
+    running: list[float] = (), # For how long those have been that somebody is doing
 ) -> float: # Seconds; NaN if nobody can know
-    "How long a batch will take"
-    return math.nan if left and not (seconds and workers) else sum(seconds)/max(len(seconds), 1)*left/max(workers, 1)
+    "How long a batch will take, if what is left is like what has ended"
+    if not left or not (seconds and workers): return math.nan if left else 0.
+    mean = sum(seconds)/len(seconds)
+    free = sorted(max(mean - s, 0) for s in running)[:workers] # when each worker will be
+    free += [0.]*(workers - len(free))
+    heapq.heapify(free)
+    for _ in range(left - len(running)): heapq.heapreplace(free, free[0] + mean)
+    return max(free)
 
 class Board:
     "Shows a batch on a console"
@@ -566,19 +576,21 @@ def _scheduler_lives():
     except (FuturesCancelledError, CommClosedError) as e: raise _user_error('The Dask scheduler is gone, and with it whoever did the work', 'Start it again; the same command then does what is left') from e
 
 def _work(runs, todo, client, board):
-    futures, waiting = {}, list(todo)
+    futures, began, waiting = {}, {}, list(todo)
     every, seconds = {r.folder: r.status for r in runs} | {r.folder: '' for r in todo}, []
 
     def show():
         ended = list(every.values())
         done, left = ended.count('finished'), ended.count('')
-        return board and board.show(len(every), done, min(threads, len(futures)), len(every) - done - left, time_left(seconds, left, threads))
+        running = [time.monotonic() - began[run.folder] for run in futures.values()]
+        return board and board.show(len(every), done, min(threads, len(futures)), len(every) - done - left, time_left(seconds, left, threads, running))
 
     while waiting or futures:
         threads = sum(client.nthreads().values()) # each does a run at a time, and gets the next one when it has
         while waiting and len(futures) < max(threads, 1):
             run = waiting.pop(0)
-            futures[client.submit(execute, run, key=run.folder.name, pure=False, retries=2)] = run
+            futures[client.submit(execute, run, key=str(run.folder), pure=False, retries=2)] = run # others may have a run of this name on the same scheduler
+            began[run.folder] = time.monotonic()
         show()
         for future in _ended(futures):
             run = futures.pop(future)
@@ -799,7 +811,8 @@ def work_together(
 ):
     "Start some workers and wait for them"
     alone = os.environ | dict(OMP_NUM_THREADS='1', NUMBA_NUM_THREADS='1')
-    started = [subprocess.Popen([sys.executable, '-m', 'magic123.experiment', *argv], env=alone) for _ in range(processes)]
+    places = [dict(CUDA_VISIBLE_DEVICES=uuid) for uuid, _ in gpus()] or [{}] # dealt out in turn
+    started = [subprocess.Popen([sys.executable, '-m', 'magic123.experiment', *argv], env=alone | places[i % len(places)]) for i in range(processes)]
     try:
         for p in started: p.wait(None if until == math.inf else max(0, until + 20 - time.time()))
     except subprocess.TimeoutExpired: pass
@@ -882,6 +895,21 @@ def mean_and_margin(
     from scipy import stats
     n = gaps.count()
     return gaps.mean(), stats.t.ppf(.975, n - 1)*gaps.std()/n**.5 if n > 1 else math.nan
+
+def paired(
+    table, # A `pandas.DataFrame` with columns object, seed, `by` and `column`
+    by: str, # What is compared
+    column: str,
+    one, other, # Two of the values of `by`
+) -> tuple[float, float] | None: # How much more `other` has, and half of its 95 % confidence interval (NaN for one seed); None if either is missing
+    "A difference for these very objects, and how large chance alone could have made it: of the same object and seed, its spread over seeds within each object"
+    from scipy import stats
+    wide = table.pivot_table(column, ['object', 'seed'], by)
+    if not {one, other} <= {*wide}: return None
+    gap = (wide[other] - wide[one]).dropna()
+    left = gap - gap.groupby('object').transform('mean')
+    free = len(gap) - gap.index.unique('object').size
+    return gap.mean(), stats.t.ppf(.975, free)*((left**2).sum()/free/len(gap))**.5 if free > 0 else math.nan
 
 def over_seeds(
     table, # A `pandas.DataFrame`

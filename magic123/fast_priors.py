@@ -194,7 +194,7 @@ class FastDiffusion(LatentDiffusion):
             if self.pair: self.pair.on = False
 
 @cache
-def _triton_norms(device): return fused_norms_work(device)
+def _triton_norms(device, dtype): return fused_norms_work(device, dtype)
 
 def quicken(
     prior: LatentPrior, # Its networks are changed in place
@@ -208,7 +208,7 @@ def quicken(
     else: model.vae.disable_gradient_checkpointing() # priors that are loaded one after the other share a VAE
     if speed == 'plain' or isinstance(model, FastDiffusion): return prior
     nets, cuda = (model.unet, model.vae), model.device.type == 'cuda'
-    fused = cuda and speed == 'graphs' and _triton_norms(model.device)
+    fused = cuda and speed == 'graphs' and _triton_norms(model.device, model.dtype)
     for net in nets: lean(net, fused)
     if cuda and not fused and speed == 'graphs': model.vae.to(memory_format=torch.contiguous_format) # PyTorch's own norm is slow otherwise
     pair = share_beginning(model.unet) if model.unet.config.in_channels == 4 else None

@@ -520,6 +520,7 @@ BARS = { # What a pair of priors should reach
     '3D prior, common: nearer to the true pose': ('3d common best nearer', .96),
     '3D prior, common: two samples, PSNR (dB)': ('3d common agreement between', None),
     '3D prior, common: mean of four samples, PSNR (dB)': ('3d common agreement mean 4 psnr', None),
+    '3D prior, common: temperature .8, PSNR (dB)': ('3d common agreement cooler 0.8 psnr', None),
     '3D prior, common: temperature .6, PSNR (dB)': ('3d common agreement cooler 0.6 psnr', None),
     '3D prior, uncommon: PSNR (dB)': ('3d uncommon best psnr', None),
     '3D prior, uncommon: the right family': ('3d uncommon best family', None),

@@ -123,7 +123,7 @@ class CameraSettings(Settings):
 class PhotoSettings(Settings):
     "How the photo becomes a reference"
     shape: Literal['pad', 'squash', 'crop'] = setting('pad', 'ours: keeps proportions', 'What to do with a photo that is not square')
-    recentre: float = setting(0., 'ours: the camera is where the user says', "Move the object to the middle, its longer side this share of the frame; 0 leaves it", ge=0, le=1)
+    recentre: float = setting(0., 'ours: the camera is where the user says', "Move the object to the middle, its longer side this share of the frame, .1 or more; 0 leaves it", ge=0, le=1)
     mask: str = setting('auto', 'paper 2.1: a segmentation network', "Foreground: 'auto', 'alpha', 'rembg', 'tiny', 'grabcut' or a file")
     depth: str = setting('auto', 'paper 2.1: MiDaS', "Depth: 'auto', 'sibling', 'dpt', 'dpt:FOLDER', 'tiny', 'none' or a file")
 
@@ -140,6 +140,7 @@ class PriorSettings(Settings):
         "2D prior: 'tiny' (embedded), a folder, a checkpoint in one file, or a hub id")
     zero123: str = setting('kxic/zero123-105000', 'paper 3.2: the 105,000 iterations version',
         "3D prior: 'tiny' (embedded), a folder, a .ckpt, or a hub id")
+    pose: Literal['auto', 'zero123', 'stable_zero123'] = setting('auto', "ours: 'auto' goes by the name of the weights", 'How the 3D prior is told where a camera is (43_zero123)')
     dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = setting('auto', 'ours: on a GPU bfloat16 where it is as fast as float16 (the official code); on a CPU bfloat16 if it has units for it, else float32', 'Precision of the priors')
     speed: Literal['plain', 'graphs', 'compiled'] = setting('graphs', 'ours: see 49_fast_priors', "On a GPU: 'graphs' runs the priors from recordings, 'compiled' lets torch.compile rewrite them first (minutes, once)")
     guidance_2d: float = setting(100., 'paper 3.2', 'Classifier-free guidance of the 2D prior', ge=0, le=1000)

@@ -614,7 +614,7 @@ def start_up(
     lap('(between)')
     first_steps(recipe, 'fine', scene, reference, prior)
     lap('fine')
-    return {k: v for k, v in out.items() if k != '(between)'} | dict(ready=round(out['coarse'] + out['fine'], 2))
+    return {k: v for k, v in out.items() if k != '(between)'} | dict(ready=round(sum(out[k] for k in ('load', 'coarse', 'fine')), 2))
 
 def first_steps(recipe: Recipe, name: str, scene, reference: Reference, prior):
     "One step of each kind that a stage has, the first one first: a run begins with finding out which cells are empty"

@@ -201,8 +201,8 @@ def _norm_kernels():
 
     @triton.jit(do_not_specialize=['pixels'])
     def _affine(x, dy, scale, shift, B, D, out, pixels, C, CP: tl.constexpr, rows: tl.constexpr, act: tl.constexpr, slope: tl.constexpr):
-        n = tl.program_id(0)
-        c, r = tl.arange(0, CP)[None, :], tl.program_id(1)*rows + tl.arange(0, rows)[:, None]
+        n = tl.program_id(1) # there may be more blocks of rows than a grid's second axis takes
+        c, r = tl.arange(0, CP)[None, :], tl.program_id(0)*rows + tl.arange(0, rows)[:, None]
         at, inside = (n*pixels + r)*C + c, (r < pixels) & (c < C)
         v = tl.load(x + at, inside, 0.).to(tl.float32)
         s, t = tl.load(scale + n*C + c, c < C, 0.), tl.load(shift + n*C + c, c < C, 0.)
@@ -240,7 +240,7 @@ def _tables_of(parts, weight, bias, stats, pixels, eps, slope):
 def _affine_of(x, dy, scale, shift, B, D, act, slope):
     n, pixels, C, CP, rows, _ = _launch(x)
     out = torch.empty_like(x)
-    with torch.cuda.device_of(x): _affine[n, triton.cdiv(pixels, rows)](x, dy, scale, shift, B, D, out, pixels, C, CP, rows, act, slope)
+    with torch.cuda.device_of(x): _affine[triton.cdiv(pixels, rows), n](x, dy, scale, shift, B, D, out, pixels, C, CP, rows, act, slope)
     return out
 
 class GroupNormAct(torch.autograd.Function):
@@ -304,21 +304,27 @@ def fuse_norms(
         if isinstance(m, nn.GroupNorm): m.fused = triton
     return model.to(memory_format=torch.channels_last) if triton else model
 
-def fused_norms_work(device: torch.device) -> bool:
+def _norm_errors(channels, groups, act, device, dtype): # of the output and of three gradients, relative to PyTorch's
+    rng = torch.Generator().manual_seed(0)
+    made = [torch.randn(s, generator=rng) for s in ((4, channels, 9, 7), channels, channels, (4, channels, 9, 7))]
+    x, w, b, dy = (v.to(device, dtype) for v in (made[0]*2 + 1, *made[1:]))
+    wrt = [v.requires_grad_() for v in (x, w, b)]
+    truth = F.group_norm(x, groups, w, b, 1e-5)
+    both = [[y, *torch.autograd.grad(y, wrt, dy)] for y in (GroupNormAct.apply(*wrt, groups, 1e-5, act), F.silu(truth) if act else truth)]
+    return [((p - q).norm()/q.norm()).item() for p, q in zip(*([v.float() for v in side] for side in both))]
+
+def fused_norms_work(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32, # Of what will be normalised
+) -> bool:
     "Whether Triton's norms run on `device` and agree with PyTorch's, values and gradients"
     if device.type != 'cuda' or find_spec('triton') is None: return False
-    norm = nn.GroupNorm(32, 192, device=device)
-    norm.weight.data.normal_()
-    x = torch.randn(4, 192, 33, 32, device=device).to(memory_format=torch.channels_last).requires_grad_()
-    out = []
-    try:
-        for norm.fused in (False, True):
-            y = group_norm(norm, x, True)
-            out.append([y, *torch.autograd.grad((y*x.detach().cos()).sum(), [x, norm.weight, norm.bias])])
+    try: errors = [e for channels, groups, act in ((192, 32, True), (24, 8, False)) for e in _norm_errors(channels, groups, act, device, dtype)]
     except Exception as e:
         print('norms in Triton left out:', repr(e)[:200])
         return False
-    return all(((a - b).norm()/a.norm()).item() < 1e-3 for a, b in zip(*out))
+    return max(errors) < (1e-3 if dtype == torch.float32 else 2e-2)
+
 
 # %% ../nbs/45_tiny_priors.ipynb #c96cbab2
 def orbit_poses(

@@ -154,6 +154,14 @@ def scene_of(
     if stage not in made: raise UserError(f'{folder} has no {stage} yet', f'There is {", ".join(made)}' if made else 'Continue it with `magic123 resume`')
     return _scene(str(folder), stage, made[stage].stat().st_mtime_ns)
 
+def _shared_stage(folders, stage): # the one asked for; if none is, the last that all have
+    if not folders: raise UserError('There are no runs to show', 'Give folders that `magic123 run` or `ablate` has written; a pattern (`glob`) may have found none')
+    made = {f: _made(f) for f in folders}
+    if empty := next((f for f, m in made.items() if not m), None): raise UserError(f'{empty} has made nothing yet', 'Continue it with `magic123 resume`')
+    last = [s for s in made[folders[0]] if all(s in m for m in made.values())]
+    if not (stage or last): raise UserError('These runs have no stage in common', '; '.join(f'{f} has {", ".join(m)}' for f, m in made.items()))
+    return stage or last[-1]
+
 def numbers_of(
     folder: str | Path, # A run
 ) -> dict[str, float]: # Empty as long as it has not ended
@@ -195,10 +203,11 @@ def _titles(folders):
 
 def compare(
     *folders: str | Path, # Runs
-    stage: str = 'mesh', # Or 'coarse', 'fine'
+    stage: str | None = None, # 'coarse', 'fine' or 'mesh'; the last that all of them have if None
     size: int = 256, # Height of each picture in pixels
 ) -> widgets.VBox:
     "Turn several runs together"
+    stage = _shared_stage(folders, stage)
     titles, what = _titles(folders), widgets.ToggleButtons(options=list(LOOKS))
     orbit = Orbit({t: scene_of(f, stage) for t, f in zip(titles, folders)}, _camera(folders[0]), size)
     traitlets.link((what, 'value'), (orbit, 'what'))
@@ -214,10 +223,11 @@ def tradeoff(
 
 def dial(
     *folders: str | Path, # Runs that differ in λ
-    stage: str = 'mesh', # Or 'coarse', 'fine'
+    stage: str | None = None, # 'coarse', 'fine' or 'mesh'; the last that all of them have if None
     size: int = 384, # Height of the picture in pixels
 ) -> widgets.VBox:
     "Turn λ, and what it makes"
+    stage = _shared_stage(folders, stage)
     runs = sorted((tradeoff(Job.open(f).recipe), str(f)) for f in folders)
     words = [f'{v:.3g}'.replace('inf', '∞') for v, _ in runs]
     knob = widgets.SelectionSlider(options=[(w, f) for w, (_, f) in zip(words, runs)], description='λ 2D/3D', continuous_update=True)

@@ -8,7 +8,8 @@ __all__ = ['PICKLES', 'SOURCES', 'Inert', 'InertDict', 'names_asked_for', 'read_
            'check_names', 'check_placed', 'write_part', 'layout', 'averaged_unet', 'new_folder', 'convert',
            'find_tokenizer', 'write_tokenizer', 'tiny_models', 'old_names', 'tiny_checkpoint', 'weights_home',
            'from_file', 'find_pickle', 'from_folder', 'Source', 'fingerprint', 'lock_file', 'read_lock', 'lock',
-           'verify', 'known_as', 'no_hub', 'on_disk', 'download', 'from_hub', 'bring', 'fetch_url', 'fetch', 'listed']
+           'lock_made', 'same_sizes', 'verify', 'known_as', 'no_hub', 'on_disk', 'download', 'from_hub', 'bring',
+           'fetch_url', 'fetch', 'listed']
 
 # %% ../nbs/47_weights.ipynb #a298c4ce
 import hashlib, json, os, re, shutil, zipfile
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .show import UserError, atomic_write
-from .stable_diffusion import PARTS, SAFE, VARIANTS, _first_line, _tokenizer, find_part, missing_parts, part_weights, quiet
+from .stable_diffusion import PARTS, SAFE, VARIANTS, _first_line, _tokenizer, find_part, lacks, missing_parts, part_weights, quiet
 from .zero123 import CLIP_MEAN, CLIP_STD, ZERO123_PARTS
 
 # %% ../nbs/47_weights.ipynb #6035df01
@@ -547,14 +548,27 @@ def _alone(home): # of all processes on this machine
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_name(f'.{home.name}.lock')): yield
 
+def _lost(home): # Was it made, and are files of it gone?
+    return any(not (home/file).is_file() for file in read_lock().get(home.name, {}).get('files', {}))
+
+@contextmanager
+def _made(home, source, whole): # If it isn't there or isn't `whole`, whoever asks makes it; then it is locked
+    with _alone(home):
+        anew = _lost(home) or not whole(home)
+        yield anew
+        if anew or home.name not in read_lock(): lock_made(home, source)
+    same_sizes(home.name, home, 'delete it, and it is made again')
+
 def from_file(
     path: Path, # A whole model in one file
     parts: dict[str, bool] = PARTS, # What is wanted of it, as for `find_folder`
 ) -> Path: # A folder
     "A checkpoint as a folder, converted the first time"
     home = _home_of(path.stem, [path])
-    with _alone(home):
-        if not (home/'model_index.json').is_file(): convert(path, home)
+    with _made(home, path, lambda home: (home/'model_index.json').is_file()) as anew:
+        if anew:
+            shutil.rmtree(home, ignore_errors=True)
+            convert(path, home)
     if missing := missing_parts(home, parts):
         raise UserError(f'{path} is a {"Zero-1-to-3" if (home/"image_encoder").is_dir() else "Stable Diffusion"}: it has no {", ".join(missing)}',
             'Stable Diffusion is the 2D prior, Zero-1-to-3 the 3D prior')
@@ -574,9 +588,10 @@ def _link(source, target):
     try: target.symlink_to(source.resolve())
     except OSError: shutil.copyfile(source, target)
 
-def _safe_part(source, home):
+def _safe_part(source, home, weights=True):
     for f in source.iterdir():
-        if f.suffix in ('.json', '.txt') or f.suffix == '.safetensors': _link(f, home/source.name/f.name)
+        heavy = f.suffix == '.safetensors' or '.index.' in f.name
+        if weights and heavy or f.suffix in ('.json', '.txt') and not heavy: _link(f, home/source.name/f.name)
 
 def from_folder(
     folder: Path, # In diffusers layout, some of it pickled
@@ -585,12 +600,12 @@ def from_folder(
     "A pickled prior as a safe one, converted the first time"
     missing = missing_parts(folder, parts)
     pickles = {part: find_pickle(folder, *part.split('|')) for part in missing}
-    if gone := [part for part, f in pickles.items() if f is None]: raise UserError(f'{folder} lacks {", ".join(gone)}',
+    if gone := {part: parts[part] for part, f in pickles.items() if f is None}: raise UserError(f'{folder} lacks {lacks(folder, gone)}',
         'A prior is a folder in diffusers layout: each part a subfolder with config.json and weights')
     name = (_repo_of(folder) or folder.resolve().name).split('/')[-1]
     home = _home_of(name, pickles.values())
-    with _alone(home):
-        if missing_parts(home, parts): _make_safe(folder, parts, pickles, home)
+    with _made(home, folder, lambda home: not missing_parts(home, parts)) as anew:
+        if anew: _make_safe(folder, parts, pickles, home)
     return home
 
 def _make_safe(folder, parts, pickles, home):
@@ -598,7 +613,7 @@ def _make_safe(folder, parts, pickles, home):
     with new_folder(home) as new:
         for f in pickles.values():
             tensors = {name: t.contiguous() for name, t in read_tensors(f).items() if not name.endswith('.position_ids')}
-            _safe_part(f.parent, new)
+            _safe_part(f.parent, new, weights=False) # what there is of it is not whole
             save_file(tensors, new/f.parent.name/PICKLES[f.name], {'format': 'pt'})
         safe = [find_part(folder, *part.split('|'), weights=weights) for part, weights in parts.items() if part not in pickles]
         for part in [*safe, folder/'feature_extractor']:
@@ -671,16 +686,24 @@ def _files_of(folder, source):
     names = source.files or [f'{part}/*' for parts in source.parts for part in parts.split('|')] if source else ['*/*']
     return sorted(f for name in names for f in folder.glob(name) if f.is_file())
 
+def _fingerprints(folder, files): return {str(f.relative_to(folder)): dict(size=f.stat().st_size, sha256=fingerprint(f)) for f in files}
+
+def _write_lock(name, **entry): # one process at a time
+    with _alone(lock_file()):
+        locked = read_lock() | {name: entry}
+        with atomic_write(lock_file()) as tmp: tmp.write_text(json.dumps(locked, indent=1, ensure_ascii=False) + '\n')
+
 def lock(
     name: str, # Of a source; of a place that is none, the place
     folder: Path, # What was fetched
     place: str, # From where
     fresh: bool = True, # Whether it came just now: then what is wrong is removed
+    files: tuple[str, ...] = (), # Which of the folder's files; those of the source, or all in its subfolders, if empty
 ) -> None:
     "Write fingerprints to the lock file, or an error if they are not those that were expected"
-    source, locked = SOURCES.get(name), read_lock()
-    files = {str(f.relative_to(folder)): dict(size=f.stat().st_size, sha256=fingerprint(f)) for f in _files_of(folder, source)}
-    before = locked.get(name, {}).get('files', {})
+    source = SOURCES.get(name)
+    files = _fingerprints(folder, [folder/file for file in files] or _files_of(folder, source))
+    before = read_lock().get(name, {}).get('files', {})
     for file, now in files.items():
         expected = source.sha256.get(file, '') if source else ''
         if not now['sha256'].startswith(expected) or now['sha256'] != before.get(file, now)['sha256']:
@@ -689,20 +712,41 @@ def lock(
                 f'{"It was removed: fetch" if fresh else f"Remove {folder/file} and fetch"} it again; if it was changed on purpose, '
                 + (f'give the path of its folder ({folder}) instead of a name' if expected else f'delete {name} from {lock_file()}'))
     commit = folder.name if re.fullmatch('[0-9a-f]{40}', folder.name) else ''
-    locked[name] = dict(place=place.partition('@')[0], commit=commit, folder=str(folder), licence=source.licence if source else '', files=before | files)
-    with atomic_write(lock_file()) as tmp: tmp.write_text(json.dumps(locked, indent=1, ensure_ascii=False) + '\n')
+    _write_lock(name, place=place.partition('@')[0], commit=commit, folder=str(folder), licence=source.licence if source else '', files=before | files)
+
+def lock_made(
+    home: Path, # A converted folder
+    source: Path, # The folder or file that it was made from
+) -> None:
+    "Write what was converted to the lock file, in the place of an earlier conversion"
+    files = _fingerprints(home, sorted(f for f in home.rglob('*') if f.is_file()))
+    _write_lock(home.name, place=str(source.absolute()), commit='', folder=str(home), licence='', files=files)
+
+def same_sizes(
+    name: str, # As `lock` knows it
+    folder: Path,
+    hint: str, # What to do with a changed file
+) -> None:
+    "An error if a file in a locked folder has another size: what can be told in no time"
+    locked = read_lock().get(name, {})
+    for file, was in locked.get('files', {}).items() if locked.get('folder') == str(folder) else ():
+        if (f := folder/file).is_file() and f.stat().st_size != was['size']:
+            raise UserError(f'{f} has changed since it came here', f'`magic123 weights verify {name}` says what else has; {hint}')
 
 def verify(
-    names: tuple[str, ...] = (), # Of sources; all that were fetched if empty
+    names: tuple[str, ...] = (), # As the lock file has them, each with what was converted from it; all if empty
 ) -> dict[str, list[str]]: # Name -> what is wrong, in sentences
-    "Compare all that was fetched with the lock file, byte by byte"
+    "Compare what was fetched and what was converted with the lock file, byte by byte"
     locked = read_lock()
     if strange := [name for name in names if name not in locked]:
         raise UserError(f'{strange[0]} was never fetched here', f'Choose among {", ".join(locked) or "nothing: fetch first"}')
     def wrong(folder, file, was):
         if not (path := folder/file).is_file(): return f'{path} is gone'
         if path.stat().st_size != was['size'] or fingerprint(path) != was['sha256']: return f'{path} has changed'
-    return {name: list(filter(None, (wrong(Path(locked[name]['folder']), *item) for item in locked[name]['files'].items()))) for name in names or locked}
+    homes = {name: Path(locked[name]['folder']) for name in names}
+    origins = {str(p) for name, home in homes.items() for p in (home, *(home/file for file in locked[name]['files']))}
+    chosen = dict.fromkeys((*names, *(name for name, entry in locked.items() if not names or entry['place'] in origins)))
+    return {name: list(filter(None, (wrong(Path(locked[name]['folder']), *item) for item in locked[name]['files'].items()))) for name in chosen}
 
 # %% ../nbs/47_weights.ipynb #781d5c13
 def _split(place): # 'owner/name@commit'
@@ -726,9 +770,8 @@ def _places(place):
     return sorted(all, key=lambda p: _split(p)[0] != place)
 
 def _patterns(parts, variant):
-    middle = '.' + variant if variant in VARIANTS[1:] else ''
-    shards = ('',) if middle else ('', '-0*')
-    names = [f'{file}{middle}{shard}.safetensors' for file in SAFE for shard in shards] if variant != 'bin' else [f for f in PICKLES if 'fp16' not in f]
+    dot = '.' + variant if variant else ''
+    names = [f'{file}{dot}{shard}.safetensors' for file in SAFE for shard in ('', '-0*')] if variant != 'bin' else [f for f in PICKLES if 'fp16' not in f]
     heavy = [f'{name}/{file}' for part, weights in parts.items() if weights for name in part.split('|') for file in names]
     return ['*.json', '*/*.json', '*/merges.txt', *heavy]
 
@@ -755,10 +798,12 @@ def no_hub() -> str | None: # In words, or None if it can
     try: create_connection((at.hostname, at.port or dict(http=80, https=443)[at.scheme]), 10).close()
     except OSError as e: return f'no connection to {at.hostname} ({e.strerror or e})'
 
-def _local(repo, commit):
+def _local(repo, commit): # whole or not: the hub's library would miss whatever else lies there, pictures and all
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(repo, revision=commit, local_files_only=True))
+    try: return Path(snapshot_download(repo, revision=commit, local_files_only=True, allow_patterns=[]))
     except Exception: return None
+
+def _locals(places): return (f for repo, commit in map(_split, places) for c in dict.fromkeys((commit, None)) if (f := _local(repo, c)))
 
 def on_disk(
     name: str, # A source, or a prior's place on the hub
@@ -768,16 +813,13 @@ def on_disk(
     source = SOURCES.get(name)
     whole = lambda folder: all((folder/file).is_file() for file in source.files) if source and source.files else _complete(folder, parts or source.parts)
     if source and source.place.startswith('https:'): places = [_url_folder(source)]
-    else: places = (_local(repo, c) for repo, commit in map(_split, [source.place, *source.mirrors] if source else _places(name)) for c in dict.fromkeys((commit, None)))
-    return next((folder for folder in places if folder and whole(folder)), None)
+    else: places = _locals([source.place, *source.mirrors] if source else _places(name))
+    return next((folder for folder in places if whole(folder)), None)
 
 def _vouched(name, folder): # the same folder
     if folder is None: return None
     if (source := SOURCES.get(name)) and source.sha256 and read_lock().get(name, {}).get('folder') != str(folder): lock(name, folder, _repo_of(folder) or source.place, fresh=False)
-    locked = read_lock().get(name, {})
-    for file, was in locked.get('files', {}).items() if locked.get('folder') == str(folder) else ():
-        if (f := folder/file).is_file() and f.stat().st_size != was['size']:
-            raise UserError(f'{f} has changed since it was fetched', f'`magic123 weights verify {name}` says what else has; delete it and fetch it again')
+    same_sizes(name, folder, 'delete it and fetch it again')
     return folder
 
 def download(
@@ -795,11 +837,12 @@ def download(
                 if _complete(folder, parts):
                     lock(name, folder, repo)
                     return folder
-                why.append(f'{repo} lacks {", ".join(missing_parts(folder, parts))}')
+                why.append(f'{repo} lacks {lacks(folder, parts)}')
             except Exception as e:
                 why.append(f'{repo}: {e.message if isinstance(e, UserError) else _first_line(e)}')
                 break
-    raise UserError(f'{place} is not on this machine, and the hub did not give it: {"; ".join(filter(None, why))}',
+    here = next((f'{folder} lacks {gone}' for folder in _locals(_places(place)) if (gone := lacks(folder, parts))), f'{place} is not on this machine')
+    raise UserError(f'{here}, and the hub did not give it: {"; ".join(filter(None, why))}',
         f'With a connection, `hf download {place}` fetches it (gigabytes); without, copy the folder here and give its path')
 
 def _one(fetch, what, hint): # A file or a few, in one form only
@@ -817,8 +860,11 @@ def from_hub(
         from huggingface_hub import hf_hub_download
         owner, repo, file = path.split('/', 2)
         have = lambda local: hf_hub_download(f'{owner}/{repo}', file, revision=commit, local_files_only=local)
-        try: found = Path(have(True))
-        except Exception: found = _one(lambda: have(False), place, f'With a connection, `hf download {owner}/{repo} {file}` fetches it')
+        try: found, fresh = Path(have(True)), False
+        except Exception: found, fresh = _one(lambda: have(False), place, f'With a connection, `hf download {owner}/{repo} {file}` fetches it'), True
+        folder = found.parents[file.count('/')]
+        if read_lock().get(place, {}).get('folder') != str(folder): lock(place, folder, f'{owner}/{repo}', fresh, (file,))
+        same_sizes(place, folder, 'delete it and fetch it again')
         return from_file(found, parts)
     name = known_as(place)
     folder = _vouched(name or place, on_disk(place, parts))

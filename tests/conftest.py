@@ -54,3 +54,14 @@ def recipe_file(priors, tmp_path_factory):
     path = tmp_path_factory.mktemp('recipe')/'miniature.json'
     path.write_text(json.dumps(MINIATURE | dict(priors=priors)))
     return str(path)
+
+def lay_photos(grid, folder):
+    "What a grid names, in a folder: the photos that are not the book's to give"
+    from pathlib import Path
+    from PIL import Image
+    from magic123.experiment import read_grid
+    names = [o for o in read_grid(grid).objects if not o.startswith('toybox:')]
+    for name in names:
+        (Path(folder)/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGBA', (8, 8)).save(Path(folder)/name)
+    return names

@@ -7,7 +7,7 @@ import pandas
 import psutil
 import pytest
 import yaml
-from conftest import MINIATURE, WITHOUT_PRIORS
+from conftest import MINIATURE, WITHOUT_PRIORS, lay_photos
 from magic123.cli import main
 from magic123.experiment import expand, run_grid, work_together
 
@@ -308,14 +308,31 @@ def test_workers_that_fail_are_not_kept_quiet(tmp_path, capfd):
     with pytest.raises(SystemExit, match=r'2 of 2 workers failed; their exit codes are \[1, 1\]'): work_together(2, argv)
     work_together(2, argv, until=time.time() - 20) # out of time at once: being killed is no failure
 
-def test_shipped_grids_expand():
+def test_shipped_grids_expand(tmp_path, monkeypatch):
     from magic123.experiment import _pages, jobs, read_grid
+    from magic123.show import data_folder
+    from magic123.tiny_priors import split_words
+    monkeypatch.chdir(tmp_path) # where the photos are that a grid names
+    tokens = {o['content'] for o in json.loads((data_folder()/'priors'/'tiny'/'stable_diffusion'/'tokenizer'/'tokenizer.json').read_text())['added_tokens']}
     for path in sorted((_pages()/'grids').glob('*.yaml')):
         grid = read_grid(path)
-        if any('*' in o for o in grid.objects): continue
-        made = jobs(path)
+        photos, made = lay_photos(path, tmp_path), jobs(path)
         assert len(made) > 1 and set(grid.seeds) == {j['recipe']['seed'] if 'recipe' in j else j['parameters']['seed'] for j in made}, path
-        assert len(grid.seeds) == 3 and len(grid.objects) > 1, path
+        assert len(grid.seeds) == (1 if photos else 3) and len(grid.objects) > 1, path
+        told = {j['recipe']['prompt']['text'] for j in made if 'recipe' in j} - {None}
+        assert all({*split_words(text)} <= tokens for text in told) and (len(told) == 11 if photos else not told), path
+
+def test_two_batches_on_one_scheduler_do_not_share_their_runs(grid, tmp_path):
+    from distributed import LocalCluster
+    path, homes = grid(vary=dict(does=['wait'], number=[1, 2])), [tmp_path/'a', tmp_path/'b']
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp', dashboard_address=None) as cluster:
+        both = [threading.Thread(target=run_grid, args=(path, home, cluster.scheduler_address)) for home in homes]
+        for b in both: b.start()
+        while len(list(tmp_path.glob('?/*/kernel'))) < 2 or not all(home.is_dir() for home in homes): time.sleep(.1)
+        time.sleep(2) # both have asked
+        for home in homes: (home/'go').touch()
+        for b in both: b.join(200)
+    for home in homes: assert list(pandas.read_csv(home/'table.csv').doubled) == [2, 4]
 
 def test_a_page_is_a_job_and_its_table_is_kept(grid, shell, tmp_path, monkeypatch):
     from magic123.experiment import jobs, load_results, take

@@ -1,9 +1,10 @@
 "Whatever the user gets wrong, a clear sentence and nothing lost"
-import json, os, resource, subprocess, sys
+import json, os, resource, shutil, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from conftest import MINIATURE, WITHOUT_PRIORS
 from magic123.cli import main
@@ -117,6 +118,8 @@ def test_odd_names_on_a_poor_terminal(picture, folder, tmp_path, short):
     '--coarse.steps': ['--coarse.stps', '3'],
     "invalid literal for int() with base 10: 'many'": ['--coarse.steps', 'many'],
     "There is no recipe called 'fast'": ['--recipe', 'paper', '--recipe', 'fast'],
+    'A toy brings its own frame, and shape crop was asked for Take pad': ['--photo.shape', 'crop'],
+    'A toy brings its own frame, and recentre 0.75 was asked for Take 0.0': ['--photo.recentre', '.75'],
     'nerf.finest is 8; it must be no less than nerf.base, 16': ['--nerf.finest', '8'],
     'There is no file nowhere.safetensors': ['--prompt.learned-embeds', 'nowhere.safetensors'],
     "The device 'cuda:77' cannot be used": ['--device', 'cuda:77', '--coarse.weight-2d', '0', '--coarse.weight-3d', '0', '--fine.weight-2d', '0', '--fine.weight-3d', '0'],
@@ -231,6 +234,25 @@ def test_folder_without_permission(tmp_path, shell, short):
     tmp_path.chmod(0o700)
     assert code == 2 and 'permission denied' in said
 
+@pytest.mark.parametrize('where, argv', [('read_photo', 'run disc.png'), ('pictures_in', 'run .'), ('begin_run', 'run .'), ('check_folder', 'run disc.png --out out'),
+    ('Job.open', 'resume out'), ('Job.open', 'render out'), ('read_photo', 'learn disc.png')])
+def test_what_may_not_be_looked_at(where, argv, tmp_path, shell, monkeypatch):
+    "Root may look anywhere, so the system's refusal is played"
+    def refuse(*_, **__): raise PermissionError(13, 'Permission denied', 'secret')
+    disc().save(tmp_path/'disc.png')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f'magic123.image_to_mesh.{where}', refuse)
+    code, said = shell(*argv.split())
+    assert code == 2 and 'secret may not be read or written: permission denied Change its permissions' in said and 'unexpected' not in said, said
+
+def test_a_run_is_called_after_photo_and_recipe(tmp_path, shell, short, monkeypatch):
+    asked = []
+    monkeypatch.setattr('magic123.image_to_mesh.reconstruct', lambda image, out, *_: asked.append(Path(out)) or [])
+    (tmp_path/'pix.v1').mkdir()
+    monkeypatch.chdir(tmp_path/'pix.v1')
+    for argv in ('.', '../pix.v1', '..', 'disc.png', f'disc.png --recipe {short}'): assert shell('run', *argv.split())[0] == 0
+    assert asked == [Path('runs')/name for name in ('pix.v1-quick', 'pix.v1-quick', f'{tmp_path.name}-quick', 'disc-quick', 'disc-short')]
+
 @pytest.mark.parametrize('command', ['resume', 'render', 'export'])
 def test_not_a_run(command, tmp_path, shell):
     code, said = shell(command, tmp_path)
@@ -266,6 +288,86 @@ def test_a_word_is_learned_and_spoken(tmp_path, shell, short, priors):
     assert code == 0 and 'with the learned token <e>' in said
     code, said = shell(*run, '--overwrite', '--prompt.text', 'a red toy')
     assert code == 0 and 'The learned <e> is not used' in said
+
+# a run that goes on elsewhere, with less memory, or with other weights
+
+def stopped(*_, **__): raise KeyboardInterrupt
+
+@pytest.fixture
+def half_done(tmp_path, shell, priors, monkeypatch):
+    "A folder with a run in `out` that was stopped before its last part; its priors were named from there"
+    home = tmp_path/'home'
+    shutil.copytree(Path(priors['zero123']).parent, home/'weights')
+    disc().save(home/'disc.png')
+    (home/'mine.json').write_text(json.dumps(SHORT | dict(photo=dict(depth='none'), prompt=dict(text='a red toy'), coarse=SHORT['coarse'] | dict(weight_2d=1, weight_3d=1),
+        priors=dict(stable_diffusion='weights/stable_diffusion', zero123='./weights/zero123'))))
+    monkeypatch.chdir(home)
+    with monkeypatch.context() as m:
+        m.setattr('magic123.image_to_mesh.write_files', stopped)
+        assert shell('run', 'disc.png', '--recipe', 'mine.json', '--out', home/'out')[0] == 130
+    return home
+
+def test_priors_are_found_from_elsewhere(half_done, tmp_path, shell, monkeypatch):
+    "And their weights, which are as they were, are not read for their fingerprints again"
+    from magic123.image_to_mesh import Job, _other
+    from magic123.recipe import Recipe
+    for more in ({}, {'low_memory': True}): assert _other(Job.open('out'), 'disc.png', Recipe.load('mine.json').replace(more)) == ''
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('magic123.image_to_mesh._sha256', None)
+    code, said = shell('resume', half_done/'out')
+    assert code == 0 and 'Poses: zero123, by the name of the weights' in said and 'are not those' not in said
+
+def test_changed_weights_are_noticed(half_done, shell):
+    from safetensors.torch import load_file, save_file
+    file = half_done/'weights'/'zero123'/'unet'/'diffusion_pytorch_model.safetensors'
+    save_file({name: 2*weight for name, weight in load_file(file).items()}, file, {'format': 'pt'})
+    code, said = shell('resume', half_done/'out')
+    assert code == 0 and 'The weights of the 3D prior are not those that this run has had so far: unet/diffusion_pytorch_model.safetensors' in said
+    assert any('are not those' in note for note in json.loads((half_done/'out'/'recipe.json').read_text())['notes'])
+    (half_done/'out'/'metrics.json').unlink()
+    code, said = shell('resume', half_done/'out')
+    assert code == 0 and 'are not those' not in said
+
+def full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8.00 GiB. Of the allocated memory')
+
+def test_memory_runs_out_and_the_run_continues(tmp_path, shell, short, monkeypatch):
+    from magic123.optimise import Run
+    disc().save(tmp_path/'disc.png')
+    advance, out = Run.advance, tmp_path/'out'
+    low = lambda: json.loads((out/'recipe.json').read_text())['recipe']['low_memory']
+    with monkeypatch.context() as m:
+        m.setattr(Run, 'advance', lambda run, *args: full() if (run.folder.name, run.progress.step) == ('fine', 1) else advance(run, *args))
+        code, said = shell('run', tmp_path/'disc.png', '--recipe', short, '--out', out)
+        assert code == 2 and 'Error: The memory is full: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8.00 GiB All' in said, said
+        assert f'`magic123 resume {out} --low-memory`' in said and '--coarse.resolution 16' in said and not low()
+        code, said = shell('resume', out, '--low-memory')
+        assert code == 2 and f'`magic123 resume {out}` where there is more' in said and low()
+    assert shell('resume', out)[0] == 0 and low()
+    steps = [(line['stage'], line['step']) for line in map(json.loads, open(out/'log.jsonl'))]
+    assert steps == [('coarse', 1), ('coarse', 2), ('coarse', 3), ('fine', 1), ('fine', 2)]
+
+def test_memory_runs_out_while_a_word_is_learned(tmp_path, shell, short, priors, monkeypatch):
+    disc().save(tmp_path/'disc.png')
+    (tmp_path/'mine.json').write_text(json.dumps(SHORT | dict(priors=priors)))
+    learn = 'learn', tmp_path/'disc.png', '--recipe', tmp_path/'mine.json', '--steps', 2, '--out', tmp_path/'word.safetensors'
+    with monkeypatch.context() as m:
+        m.setattr('magic123.image_to_mesh.invert', full)
+        code, said = shell(*learn)
+        assert code == 2 and 'Nothing was written. Learn it with --low-memory' in said and not (tmp_path/'word.safetensors').exists()
+    assert shell(*learn, '--low-memory')[0] == 0 and (tmp_path/'word.safetensors').is_file()
+
+def test_one_of_several_processes_has_no_memory_left(shell, monkeypatch):
+    "It goes on to no other photo, for the others wait for it at this one; and it says so, whichever it is"
+    from magic123 import image_to_mesh
+    from magic123.many_gpus import Team
+    monkeypatch.setattr(image_to_mesh, 'join', lambda: Team(1, 2))
+    def run(*_, **__):
+        with image_to_mesh.enough_memory('Wait'): full()
+    with pytest.raises(image_to_mesh.OutOfMemory): image_to_mesh.one_by_one({Path('a'): run, Path('b'): run}, lambda text: None)
+    monkeypatch.setattr(image_to_mesh, 'reconstruct', run)
+    for name in ('RANK', 'LOCAL_RANK'): monkeypatch.setenv(name, '1')
+    code, said = shell('run', 'photos')
+    assert code == 2 and 'The memory is full' in said
 
 # an empty volume, and our own mistakes
 

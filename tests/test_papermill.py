@@ -2,9 +2,9 @@
 import json
 import papermill
 import pytest
+from conftest import lay_photos
 from nbdev.config import get_config
 from papermill.translators import PythonTranslator
-from PIL import Image
 from magic123.experiment import expand
 
 NBS = get_config().config_path/'nbs'
@@ -34,9 +34,7 @@ def test_runs_under_papermill(notebook, tmp_path, priors):
 @pytest.mark.parametrize('grid', sorted((NBS/'grids').glob('*.yaml')), ids=lambda p: p.stem)
 def test_a_shipped_grid_arrives_as_it_was_sent(grid, tmp_path, monkeypatch):
     "papermill writes parameters as Python; what it does not know becomes a string"
-    for photo in ('nerf4', 'realfusion15'):
-        (tmp_path/photo/'toy').mkdir(parents=True)
-        Image.new('RGBA', (8, 8)).save(tmp_path/photo/'toy'/'rgba.png')
+    lay_photos(grid, tmp_path)
     monkeypatch.chdir(tmp_path)
     runs = {(r.labels.get('recipe'), str(r.parameters.get('settings'))): r.parameters for r in expand(grid, tmp_path/'out')}
     assert runs

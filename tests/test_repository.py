@@ -1,7 +1,9 @@
 "What must be true of the repository as a whole"
 import json, re, shutil, subprocess, sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+import nbformat
 import pytest
 from nbdev.config import get_config
 from packaging.requirements import Requirement
@@ -33,6 +35,52 @@ def test_readme_is_the_index(tmp_path):
     text = readme(ROOT/'nbs'/'index.ipynb', tmp_path/'README.md')
     assert text == (ROOT/'README.md').read_text(), 'run python -m magic123.notebooks readme'
     for name in re.findall(r'\]\((?!http)([^)#]+)', text): assert (ROOT/name).exists(), f'README links to {name}'
+
+def test_examples_work_in_the_order_of_the_readme(tmp_path, monkeypatch):
+    "Its command, then its Python, then the viewer's, all as they stand there, with fewer steps"
+    from test_cli import SHORT
+    from magic123 import image_to_mesh
+    from magic123.cli import main
+    from magic123.experiment import expand
+    from magic123.recipe import Recipe
+    python = lambda text: re.search(r'```python\n(.*?)```', text, re.S)[1]
+    readme, viewer = (ROOT/'README.md').read_text(), '\n'.join(map(source, cells(ROOT/'nbs'/'62_viewer.ipynb', 'markdown')))
+    for folder in ('runs', 'nbs'): (tmp_path/folder).mkdir()
+    (tmp_path/'data').symlink_to(ROOT/'data')
+    (tmp_path/'quick.json').write_text(json.dumps(SHORT))
+    monkeypatch.chdir(tmp_path)
+    assert main([*re.search(r'&& magic123 (run .*)', readme)[1].split(), '--recipe', 'quick.json']) == 0
+    monkeypatch.setattr(image_to_mesh, 'reconstruct', partial(image_to_mesh.reconstruct, recipe=SHORT, say=lambda text: None))
+    for folder in ('nbs', '.'): # where Python may be started
+        monkeypatch.chdir(tmp_path/folder)
+        exec(python(readme), space := {})
+        assert space['result'].mesh.is_file() and image_to_mesh.Job.open('runs/bear-7').recipe.seed == 7
+    for run in expand(ROOT/'nbs'/'grids'/'trade_off.yaml', 'runs/trade_off'): # what the grid would leave of the bear: no mesh
+        if not run.folder.name.startswith('teddy_bear_900100'): continue
+        shutil.copytree('runs/bear-7', folder := run.folder/'reconstruction', ignore=shutil.ignore_patterns('mesh*', 'turntable*'))
+        job, coarse = image_to_mesh.Job.open(folder), Recipe.preset('quick').replace(run.parameters['settings']).coarse
+        job.recipe = job.recipe.replace({'coarse.weight_2d': coarse.weight_2d, 'coarse.weight_3d': coarse.weight_3d, 'export.formats': []})
+        job.save()
+    monkeypatch.chdir(tmp_path/'nbs')
+    imports, calls = (''.join(line for line in python(viewer).splitlines(True) if line.startswith('from ') == first) for first in (True, False))
+    exec(imports, space := {})
+    explored, both, dial, live = (eval(line, space) for line in calls.splitlines())
+    assert explored.children[1].titles == ['mesh'] and both.children[1].titles == ['teddy_bear_900003-quick', 'bear-7'] and live.words.value.endswith('done')
+    assert [word for word, _ in dial.children[0].children[0].options] == ['0', '0.1', '0.5', '1', '2', '5', '∞']
+
+def test_run_all_goes_on_without_a_gpu(tmp_path):
+    "JupyterLab does not know nbdev's flags: a tag lets it go on after a cell that misses its GPU; our own runner, on a GPU, still fails with it"
+    from nbclient import NotebookClient
+    from magic123.notebooks import run
+    flagged = {(n.stem, c['id']): c['metadata'].get('tags', []) for n in NOTEBOOKS for c in cells(n, 'code') if re.search(r'^#\s*\|\s*cuda\b', source(c), re.M)}
+    bare = [where for where, tags in flagged.items() if 'raises-exception' not in tags]
+    assert flagged and not bare, f'tag them raises-exception: {bare}'
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('#| cuda\nboom', metadata=dict(tags=['raises-exception'])), nbformat.v4.new_code_cell('1 + 1')])
+    page.metadata.kernelspec = dict(name='python3', language='python', display_name='python3')
+    nbformat.write(page, tmp_path/'page.ipynb')
+    with pytest.raises(NameError, match='boom'): run(tmp_path/'page.ipynb', 'cuda')
+    assert 'raises-exception' in run(tmp_path/'page.ipynb').read_text() # what `nbdev_clean` keeps
+    assert NotebookClient(page).execute().cells[1].outputs[0].data['text/plain'] == '2'
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_opens_with_title_and_subtitle(notebook):

@@ -20,6 +20,8 @@ compare({one!r}, {two!r}, size=96)
 ---
 dial({one!r}, {two!r}, size=96)
 ---
+raise RuntimeError('no GPU') # tagged as `#| cuda` cells are
+---
 Live({live!r}, interval=.2)'''
 
 @pytest.fixture(scope='module')
@@ -43,6 +45,7 @@ def lab(runs, tmp_path_factory):
     "JupyterLab with a page of widgets: its address"
     home = tmp_path_factory.mktemp('lab')
     cells = [nbformat.v4.new_code_cell(c.strip()) for c in PAGE.format(one=str(runs/'one'), two=str(runs/'two'), live=str(runs/'live')).split('---')]
+    cells[3].metadata['tags'] = ['raises-exception']
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3'))), home/'page.ipynb')
     env = os.environ | dict(JUPYTER_RUNTIME_DIR=str(home/'runtime'), JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTERLAB_WORKSPACES_DIR=str(home/'workspaces'))
     argv = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port=0', '--ip=127.0.0.1', '--IdentityProvider.token=', f'--ServerApp.root_dir={home}']
@@ -148,8 +151,12 @@ def test_the_dial(page, runs):
     assert shows(page, image, runs/'two', 20) and cell.locator('figcaption').inner_text() == 'λ = 1'
     assert cell.locator('.widget-readout').inner_text() == '1' and not page.broken
 
+def test_run_all_goes_on_after_a_cell_that_misses_its_gpu(page):
+    assert 'RuntimeError: no GPU' in page.locator('.jp-CodeCell').nth(3).inner_text()
+    assert page.locator('.jp-CodeCell').nth(4).get_by_role('button', name='Follow').count() == 1
+
 def test_watching(page, runs):
-    cell = page.locator('.jp-CodeCell').nth(3)
+    cell = page.locator('.jp-CodeCell').nth(4)
     plot, words = cell.locator('.widget-image').nth(0), cell.locator('.widget-label').last
     assert words.inner_text() == 'nothing yet'
     before = shown(plot)

@@ -82,12 +82,27 @@ def publish(hub, repo, make):
     if not (hub.root/repo/'vae').exists(): (home.parent/'vae').rename(hub.root/repo/'vae')
     return hub.root/repo
 
+def spoil(file):
+    "Change a byte in the middle; what undoes it is returned"
+    file, data = file.resolve(), file.read_bytes()
+    file.chmod(0o644), file.write_bytes(data[:len(data)//2] + bytes([data[len(data)//2] ^ 1]) + data[len(data)//2 + 1:])
+    return lambda: file.write_bytes(data)
+
+def several_files(unet, variant=''):
+    "A UNet's file cut up into several, as libraries publish large models: their names"
+    from diffusers import UNet2DConditionModel
+    model = stable_diffusion.load_part(UNet2DConditionModel, unet)
+    (unet/'diffusion_pytorch_model.safetensors').unlink()
+    model.half().save_pretrained(unet, max_shard_size='60KB', variant=variant or None)
+    return sorted(f.name for f in unet.glob('*-of-*.safetensors'))
+
 def test_fetch_verify_list(hub):
     "Fetched once, broken off and gone on with, converted, locked, verified, used without a connection; a changed byte is found"
     repo = pickled(publish(hub, 'kxic/zero123-105000', zero123.tiny_random))
     encoder = repo/'image_encoder'/'pytorch_model.bin' # as large as it takes for something to have been kept when it breaks off
     torch.save(torch.load(encoder) | {'vision_model.embeddings.position_ids': torch.zeros(4_000_000, dtype=torch.long)}, encoder)
     hub.broken.append(encoder.name)
+    (repo/'README.md').write_text('what nobody asks for')
     got = hub.run('weights', 'fetch', 'zero123-105000')
     assert got.returncode == 0, got.stdout + got.stderr
     again = [start for _, file, start in hub.asked if file == 'image_encoder/pytorch_model.bin']
@@ -105,12 +120,56 @@ def test_fetch_verify_list(hub):
     found = subprocess.run([sys.executable, '-c', code], env=hub.env, capture_output=True, text=True).stdout.strip()
     assert Path(found).name.startswith('zero123-105000-') and not list(Path(found).rglob('*.bin'))
 
-    blob = next((hub.tmp/'hf').rglob('snapshots/*/unet/*.bin')).resolve()
-    data = bytearray(blob.read_bytes())
-    data[len(data)//2] ^= 1
-    blob.chmod(0o644), blob.write_bytes(data)
+    lies = Path(found)/'unet'/'diffusion_pytorch_model.safetensors'
+    spoil(lies)
+    for names in ((), ('zero123-105000',)):
+        bad = hub.run('weights', 'verify', *names)
+        assert bad.returncode == 2 and f'{lies} has changed' in bad.stdout
+    lies.unlink()
+    assert hub.run('weights', 'fetch', 'zero123-105000').returncode == hub.run('weights', 'verify', 'zero123-105000').returncode == 0 and lies.is_file()
+
+    spoil(next((hub.tmp/'hf').rglob('snapshots/*/unet/*.bin')))
     bad = hub.run('weights', 'verify')
     assert bad.returncode == 2 and 'diffusion_pytorch_model.bin has changed' in bad.stdout + bad.stderr
+
+def test_single_checkpoint_is_verified(hub):
+    "'owner/name/file.ckpt': the file is locked and so is what it was converted to, fetched or found"
+    (hub.root/'someone'/'zero').mkdir(parents=True)
+    weights.tiny_checkpoint(hub.root/'someone'/'zero'/'105000.ckpt')
+    place, lock = 'someone/zero/105000.ckpt', hub.tmp/'weights'/'weights.lock.json'
+    got = hub.run('weights', 'fetch', place)
+    assert got.returncode == 0, got.stdout + got.stderr
+    home, locked = Path(got.stdout.split(': ')[-1].strip()), json.loads(lock.read_text())
+    assert locked.keys() == {place, home.name} and locked[place]['files'].keys() == {'105000.ckpt'} and locked[place]['place'] == 'someone/zero'
+    assert locked[place]['files']['105000.ckpt']['sha256'] == sha256((hub.root/'someone'/'zero'/'105000.ckpt').read_bytes()).hexdigest()
+    assert locked[home.name]['files'].keys() == {str(f.relative_to(home)) for f in home.rglob('*') if f.is_file()}
+
+    hub.stop(), lock.unlink()
+    assert hub.run('weights', 'fetch', place).returncode == 0 and json.loads(lock.read_text()) == locked
+    assert hub.run('weights', 'verify', place).returncode == 0
+    for lies in (home/'vae'/'diffusion_pytorch_model.safetensors', next((hub.tmp/'hf').rglob('snapshots/*/105000.ckpt'))):
+        mend = spoil(lies)
+        bad = hub.run('weights', 'verify', place)
+        assert bad.returncode == 2 and f'{lies} has changed' in bad.stdout and bad.stdout.count('has changed') == 1
+        mend()
+
+@pytest.mark.parametrize('variant', ['', 'fp16'])
+def test_broken_off_between_two_files(hub, variant):
+    "Some of a model's files are here: which are not is said, and only they are fetched"
+    repo = publish(hub, 'someone/large', stable_diffusion.tiny_random)
+    shards = several_files(repo/'unet', variant)
+    got = hub.run('weights', 'fetch', 'someone/large')
+    assert got.returncode == 0, got.stdout + got.stderr
+    snapshot = next((hub.tmp/'hf').rglob('snapshots/*/unet')).parent
+    for shard in (shards[1], shards[-1]): (snapshot/'unet'/shard).resolve().unlink(), (snapshot/'unet'/shard).unlink()
+    hub.asked.clear()
+    alone = hub.run('weights', 'fetch', 'someone/large', HF_HUB_OFFLINE='1')
+    assert alone.returncode == 2 and f'lacks unet/{shards[1]} and 1 more' in ' '.join(alone.stderr.split()) and not hub.asked
+    got = hub.run('weights', 'fetch', 'someone/large')
+    assert got.returncode == 0, got.stdout + got.stderr
+    assert sorted(file for _, file, _ in hub.asked) == [f'unet/{shards[1]}', f'unet/{shards[-1]}']
+    hub.stop()
+    assert hub.run('weights', 'fetch', 'someone/large').returncode == hub.run('weights', 'verify', 'someone/large').returncode == 0
 
 def test_mirror_is_trusted_for_its_fingerprint_only(hub):
     "The first place is gone; the mirror's files are not those that are known, so they are refused and removed"
@@ -227,19 +286,30 @@ def test_weights_without_a_place(tmp_path, monkeypatch, pickles):
     if pickles: pickled(home)
     with pytest.raises(UserError, match='has no place for, such as conv_extra.weight'): stable_diffusion.StableDiffusionPrior.load(home, 'a mug', device='cpu')
 
-def test_weights_in_several_files(tmp_path):
+@pytest.mark.parametrize('variant', ['', 'fp16', 'fp16_ema'])
+def test_weights_in_several_files(tmp_path, variant):
     "Sharded folders, as large models are published, give what the whole ones give; one that lacks a file does not load"
     from diffusers import UNet2DConditionModel
     home = stable_diffusion.tiny_random(tmp_path)
     wanted = stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
-    (home/'unet'/'diffusion_pytorch_model.safetensors').unlink()
-    wanted.save_pretrained(home/'unet', max_shard_size='100KB')
-    shards = sorted((home/'unet').glob('*-of-*.safetensors'))
-    assert len(shards) > 2 and stable_diffusion.find_folder(home) == home
+    shards = several_files(home/'unet', variant)
+    assert len(shards) > 2 and stable_diffusion.find_folder(home) == home and stable_diffusion.part_weights(home/'unet')[1] == variant
     found = stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
     torch.testing.assert_close(found.state_dict(), wanted.state_dict(), rtol=0, atol=0)
-    shards[1].unlink()
-    with pytest.raises(UserError, match='could not be read'): stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
+    (home/'unet'/shards[1]).unlink()
+    with pytest.raises(UserError, match=f'lacks {shards[1]}'): stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
+    with pytest.raises(UserError, match=f'lacks unet/{shards[1]}'): stable_diffusion.find_folder(home)
+
+def test_a_pickle_beside_a_broken_off_download(tmp_path, monkeypatch):
+    "Of a part's two forms the whole one is converted, and the index of the other does not come along"
+    from diffusers import UNet2DConditionModel
+    monkeypatch.setenv('MAGIC123_WEIGHTS', str(tmp_path/'home'))
+    home = stable_diffusion.tiny_random(tmp_path)
+    wanted = stable_diffusion.load_part(UNet2DConditionModel, home/'unet')
+    torch.save({name: t.half() for name, t in wanted.state_dict().items()}, home/'unet'/'diffusion_pytorch_model.bin')
+    for shard in several_files(home/'unet')[1:]: (home/'unet'/shard).unlink()
+    found = stable_diffusion.load_part(UNet2DConditionModel, stable_diffusion.find_folder(home)/'unet')
+    torch.testing.assert_close(found.state_dict(), wanted.state_dict(), rtol=0, atol=0)
 
 RACE = '''
 import os, sys, time
