@@ -40,7 +40,7 @@ from .preprocess import Reference, load_reference, read_image
 from .raster import pick_zbuffer
 from .recipe import PRESETS, Recipe, values
 from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, save_png, writing
-from .stable_diffusion import PARTS, LatentPrior, StableDiffusionPrior, Words, find_folder, find_part, load_tokenizer, part_weights
+from .stable_diffusion import PARTS, LatentPrior, StableDiffusionPrior, Words, find_folder, find_part, load_tokenizer, part_weights, _files
 from .textual_inversion import invert, load_learned_embeds, save_learned_embeds
 from .toybox import SPLITS, Toy, make_toy, parse_toy
 from .zero123 import ZERO123_PARTS, Zero123Prior
@@ -72,7 +72,7 @@ def weight_files(
     found = set()
     for names in (names for names, weights in parts.items() if weights):
         file, _ = part_weights(find_part(Path(folder), *names.split('|')))
-        found |= {file.with_name(shard) for shard in json.loads(file.read_text('utf-8'))['weight_map'].values()} if file.suffix == '.json' else {file}
+        found |= {*_files(file)}
     return sorted(found)
 
 def weight_hashes(
