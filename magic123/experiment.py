@@ -420,8 +420,8 @@ def worker_environments(
         if gpu_memory and any(math.isnan(free) for _, free in found): raise _user_error('nvidia-smi does not say how much memory is free here', 'Leave out `--gpu-memory`: each GPU then has one run at a time')
         room = [(uuid, int(free/gpu_memory) if gpu_memory else 1) for uuid, free in found]
         places = [{'CUDA_VISIBLE_DEVICES': uuid} for i in range(max(n for _, n in room)) for uuid, n in room if i < n][:workers]
-        if workers and 0 < len(places) < workers: raise _user_error(f'--workers is {workers}, and the GPUs here have room for {len(places)}', 'Let several runs share a GPU with `--gpu-memory`, the GB that one needs, or leave out `--workers`')
         if not places: raise _user_error(f'No GPU has {gpu_memory:g} GB free; there are {", ".join(f"{free:.1f}" for _, free in found)}', 'Say less with `--gpu-memory`, or wait')
+        if workers and len(places) < workers: raise _user_error(f'--workers is {workers}, and the GPUs here have room for {len(places)}', 'Let several runs share a GPU with `--gpu-memory`, the GB that one needs, or leave out `--workers`')
     from dask.system import CPU_COUNT
     threads = os.environ.get('OMP_NUM_THREADS', str(max(1, CPU_COUNT//len(places))))
     return [place | dict(OMP_NUM_THREADS=threads) for place in places]
@@ -489,8 +489,8 @@ def time_left(
     "How long a batch will take, if what is left is like what has ended"
     if not left or not (seconds and workers): return math.nan if left else 0.
     mean = sum(seconds)/len(seconds)
-    free = sorted(max(mean - s, 0) for s in running)[:workers] # when each worker will be
-    free += [0.]*(workers - len(free))
+    running = sorted(running, reverse=True)[:workers] # others wait for a worker that is gone
+    free = [max(mean - s, 0) for s in running] + [0.]*(workers - len(running)) # when each worker will be
     heapq.heapify(free)
     for _ in range(left - len(running)): heapq.heapreplace(free, free[0] + mean)
     return max(free)
@@ -576,24 +576,23 @@ def _scheduler_lives():
     except (FuturesCancelledError, CommClosedError) as e: raise _user_error('The Dask scheduler is gone, and with it whoever did the work', 'Start it again; the same command then does what is left') from e
 
 def _work(runs, todo, client, board):
-    futures, began, waiting = {}, {}, list(todo)
+    futures, waiting = {}, list(todo) # of each future, its run and when it was asked for
     every, seconds = {r.folder: r.status for r in runs} | {r.folder: '' for r in todo}, []
 
     def show():
         ended = list(every.values())
         done, left = ended.count('finished'), ended.count('')
-        running = [time.monotonic() - began[run.folder] for run in futures.values()]
+        running = [time.monotonic() - began for _, began in futures.values()]
         return board and board.show(len(every), done, min(threads, len(futures)), len(every) - done - left, time_left(seconds, left, threads, running))
 
     while waiting or futures:
         threads = sum(client.nthreads().values()) # each does a run at a time, and gets the next one when it has
         while waiting and len(futures) < max(threads, 1):
             run = waiting.pop(0)
-            futures[client.submit(execute, run, key=str(run.folder), pure=False, retries=2)] = run # others may have a run of this name on the same scheduler
-            began[run.folder] = time.monotonic()
+            futures[client.submit(execute, run, key=str(run.folder), pure=False, retries=2)] = run, time.monotonic() # others may have a run of this name on the same scheduler
         show()
         for future in _ended(futures):
-            run = futures.pop(future)
+            run, _ = futures.pop(future)
             record = _outcome(run, future)
             every[run.folder] = record['status']
             if record['status'] == 'finished': seconds.append(record['wall_seconds'])
@@ -888,13 +887,15 @@ def whole_seeds(
     objects = table.groupby('seed')['object'].agg(frozenset)
     return table[table['seed'].map(objects) == max(objects, key=len, default=frozenset())]
 
+def _margin(left, free): # of a mean: from what is `left` of each number, with so many degrees of freedom
+    from scipy import stats
+    return stats.t.ppf(.975, free)*((left**2).sum()/free/len(left))**.5 if free > 0 else math.nan
+
 def mean_and_margin(
     gaps, # A `pandas.Series`: for each seed, how much better one is than another
 ) -> tuple[float, float]: # The mean, and half of its 95 % confidence interval (Student's t); NaN for one seed
     "A difference, and how large chance alone could have made it"
-    from scipy import stats
-    n = gaps.count()
-    return gaps.mean(), stats.t.ppf(.975, n - 1)*gaps.std()/n**.5 if n > 1 else math.nan
+    return gaps.mean(), _margin(gaps.dropna() - gaps.mean(), gaps.count() - 1)
 
 def paired(
     table, # A `pandas.DataFrame` with columns object, seed, `by` and `column`
@@ -903,13 +904,10 @@ def paired(
     one, other, # Two of the values of `by`
 ) -> tuple[float, float] | None: # How much more `other` has, and half of its 95 % confidence interval (NaN for one seed); None if either is missing
     "A difference for these very objects, and how large chance alone could have made it: of the same object and seed, its spread over seeds within each object"
-    from scipy import stats
     wide = table.pivot_table(column, ['object', 'seed'], by)
     if not {one, other} <= {*wide}: return None
     gap = (wide[other] - wide[one]).dropna()
-    left = gap - gap.groupby('object').transform('mean')
-    free = len(gap) - gap.index.unique('object').size
-    return gap.mean(), stats.t.ppf(.975, free)*((left**2).sum()/free/len(gap))**.5 if free > 0 else math.nan
+    return gap.mean(), _margin(gap - gap.groupby('object').transform('mean'), len(gap) - gap.index.unique('object').size)
 
 def over_seeds(
     table, # A `pandas.DataFrame`
