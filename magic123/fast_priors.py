@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +20,7 @@ from .joint_prior import JointPrior
 from .shading import View
 from .show import UserError, spent_ms
 from .stable_diffusion import Condition, LatentDiffusion, LatentPrior
-from .tiny_priors import fuse_norms, fused_norms_work, new_place, record, warm_up
+from .tiny_priors import Place, fuse_norms, fused_norms_work, record, warm_up
 
 # %% ../nbs/49_fast_priors.ipynb #e714e819
 class PlainAttention:
@@ -86,7 +87,7 @@ def share_beginning(
 class Recorded:
     "A function of tensors, without gradients"
     def __init__(self, f: Callable[..., Tensor], *args: Tensor, place=None): # `place`: as for `record`, if others that never run at the same time may have it too
-        self.args, device = [a.detach().clone() for a in args], args[0].device
+        self.args, self.place, device = [a.detach().clone() for a in args], place, args[0].device
         with torch.no_grad():
             self.out = f(*self.args).clone()
             warm_up(lambda: f(*self.args), device)
@@ -142,8 +143,10 @@ class ThereAndBack(torch.autograd.Function):
 # %% ../nbs/49_fast_priors.ipynb #854d663b
 SPEEDS = 'plain', 'graphs', 'compiled'
 
-@cache
-def _shared_place(device): return new_place(device, torch.cuda.graph_pool_handle()) if device.type == 'cuda' else None
+_places = WeakValueDictionary() # kept by the recordings there, and gone with the last of them
+
+def _shared_place(device):
+    if device.type == 'cuda': return _places.get(device) or _places.setdefault(device, Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)))
 
 def forget_between(
     vae: nn.Module, # diffusers' AutoencoderKL, changed in place

@@ -7,7 +7,7 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'Architecture', 'build_unet', 'build_vae', 'split_words', 'word_list', 'build_tokenizer', 'word_ids',
            'encode_caption', 'build_text_encoder', 'build_image_encoder', 'build_projection', 'build_models',
            'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses', 'relative_poses',
-           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'record', 'new_place', 'captured',
+           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'Place', 'record', 'captured',
            'Job', 'fit', 'worsen', 'to_net', 'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents',
            'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight',
            'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors',
@@ -497,23 +497,22 @@ def warm_up(
         for _ in range(times): work()
     torch.cuda.current_stream(device).wait_stream(side)
 
+@dataclass(eq=False)
+class Place:
+    "Where recordings write; PyTorch gives its memory up, for good, as the last of them goes"
+    pool: object # Of `torch.cuda.graph_pool_handle()`; None for memory of its own
+    stream: object # cuBLAS has a workspace for each, which recordings that run side by side must not share
+
 def record(
     work: Callable[[], None], # Reads and writes tensors that stay where they are
     device: torch.device,
-    place=None, # Memory and stream of another recording, for one that goes on from it, or never runs at the same time
-) -> tuple[Callable[[], None], object]: # Does it again, and its place
+    place: Place | None = None, # That of another recording, for one that goes on from it, or never runs at the same time
+) -> tuple[Callable[[], None], Place | None]: # Does it again, and its place
     "`work` as a CUDA graph; on a CPU `work` itself"
     if device.type != 'cuda': return work, None
-    graph, (pool, stream) = torch.cuda.CUDAGraph(), place or new_place(device, None)
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'): work()
-    return graph.replay, (graph.pool(), stream)
-
-def new_place(
-    device: torch.device,
-    pool, # Of `torch.cuda.graph_pool_handle()`; None for one of its own
-): # For `record`
-    "Memory, and a stream: cuBLAS has a workspace for each, which recordings that run side by side must not share"
-    return pool, torch.cuda.Stream(device)
+    graph, place = torch.cuda.CUDAGraph(), place or Place(None, torch.cuda.Stream(device))
+    with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode='thread_local'): work()
+    return graph.replay, Place(graph.pool(), place.stream)
 
 def captured(
     step, # Draws its own batch, returns nothing
