@@ -20,7 +20,7 @@ from .joint_prior import JointPrior
 from .shading import View
 from .show import UserError, spent_ms
 from .stable_diffusion import Condition, LatentDiffusion, LatentPrior
-from .tiny_priors import Place, fuse_norms, fused_norms_work, record, warm_up
+from .tiny_priors import Place, compile_norms, fuse_norms, fused_norms_work, record, warm_up
 
 # %% ../nbs/49_fast_priors.ipynb #e714e819
 class PlainAttention:
@@ -213,6 +213,7 @@ def quicken(
     nets, cuda = (model.unet, model.vae), model.device.type == 'cuda'
     fused = cuda and speed == 'graphs' and _triton_norms(model.device, model.dtype)
     for net in nets: lean(net, fused)
+    if fused: compile_norms((model.unet, False), (model.vae.encoder, True))
     if cuda and not fused and speed == 'graphs': model.vae.to(memory_format=torch.contiguous_format) # PyTorch's own norm is slow otherwise
     pair = share_beginning(model.unet) if model.unet.config.in_channels == 4 else None
     if cuda and speed == 'compiled':

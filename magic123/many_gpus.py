@@ -37,18 +37,20 @@ class Team:
         return out
 
     def add_up(self,
-        numbers: dict[str, float], # This process's; others may have other names
+        numbers: dict[str, Tensor], # This process's, where the parameters are; others may have other names
         params: list[Tensor], # Their gradients become the sums; those that nobody has stay away
-    ) -> dict[str, float]:
-        "Everybody's numbers, summed name by name, and everybody's gradients"
+    ) -> dict[str, Tensor]:
+        "Everybody's numbers, summed name by name, and everybody's gradients: what is said beforehand is known without waiting for a GPU"
         if self.size == 1: return numbers
-        found = self.gather((numbers, [p.grad is not None for p in params]))
-        some = [p for p, *has in zip(params, *(has for _, has in found)) if any(has)]
-        if some:
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in some])
-            dist.all_reduce(flat)
-            for p, g in zip(some, flat.split([p.numel() for p in some])): p.grad = g.view_as(p)
-        return {k: sum(o[k] for o, _ in found if k in o) for k in dict.fromkeys(k for o, _ in found for k in o)}
+        said = self.gather((list(numbers), [p.grad is not None for p in params]))
+        names, some = list(dict.fromkeys(k for known, _ in said for k in known)), [p for p, *has in zip(params, *(has for _, has in said)) if any(has)]
+        grads, none = [torch.zeros_like(p) if p.grad is None else p.grad for p in some], params[0].new_zeros(())
+        if not (some or names): return {}
+        flat = torch.cat([t.reshape(-1) for t in (*grads, *(numbers.get(k, none).to(none) for k in names))])
+        dist.all_reduce(flat)
+        *sums, total = flat.split([*(p.numel() for p in some), len(names)])
+        for p, g in zip(some, sums): p.grad = g.view_as(p)
+        return dict(zip(names, total))
 
     def share(self, tensors: list[Tensor]):
         "Overwrite everybody's tensors with the first process's"

@@ -194,7 +194,7 @@ class Run:
         self.generator, self.adam, self.progress = torch.Generator().manual_seed(seed), make_adam(scene, stage), Progress()
         self.params = [p for g in self.adam.param_groups for p in g['params']]
         self.average = None if stage.ema_decay is None else [p.detach().clone() for p in self.params]
-        self.ahead = self.team.size == 1 and self.params[0].is_cuda # Whether to launch a step before the last one's numbers are read
+        self.ahead = self.params[0].is_cuda # Whether to launch a step before the last one's numbers are read
         self.pending = deque() # Steps whose numbers have not been read
         if self.team.agree(not self.restore()): # nobody writes before all have looked
             self.progress.log_bytes = self.log.stat().st_size if self.log.exists() else 0
@@ -234,7 +234,7 @@ class Run:
         for terms in filter(None, parts):
             sum(weights.get(k, 1.)*v for k, v in terms.items()).backward()
             for k, v in terms.items(): found[k] = v.detach().float() + found.get(k, 0.)
-        if self.team.size > 1: found = {k: torch.tensor(v, device=self.params[0].device) for k, v in self.team.add_up({k: v.item() for k, v in found.items()}, self.params).items()}
+        found = self.team.add_up(found, self.params)
         if found: found['gradient'] = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         numbers, read = torch.stack(list(found.values())) if found else torch.zeros(0), None
         good = numbers.isfinite().all()

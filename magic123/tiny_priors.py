@@ -6,18 +6,19 @@
 __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 'VALIDATION_SEED', 'FILES', 'PARTS', 'NETS',
            'Architecture', 'build_unet', 'build_vae', 'split_words', 'word_list', 'build_tokenizer', 'word_ids',
            'encode_caption', 'build_text_encoder', 'build_image_encoder', 'build_projection', 'build_models',
-           'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'orbit_poses', 'relative_poses',
-           'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'Place', 'record', 'captured',
-           'Job', 'fit', 'worsen', 'to_net', 'to_bytes', 'render_pool', 'vae_loss', 'train_vae', 'normalise_latents',
-           'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler', 'noise_weight',
-           'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d', 'train_priors',
-           'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae', 'evaluate_3d', 'grid',
-           'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'TrainingLog', 'train', 'measure',
-           'save_priors', 'model_card', 'load_priors']
+           'GroupNormAct', 'group_norm', 'fuse_norms', 'fused_norms_work', 'compile_norms', 'orbit_poses',
+           'relative_poses', 'sample_views', 'view_word', 'World', 'make_world', 'Trainee', 'warm_up', 'Place',
+           'record', 'captured', 'Job', 'fit', 'worsen', 'to_net', 'to_bytes', 'render_pool', 'vae_loss', 'train_vae',
+           'normalise_latents', 'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler',
+           'noise_weight', 'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d',
+           'train_priors', 'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae',
+           'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'TrainingLog',
+           'train', 'measure', 'save_priors', 'model_card', 'load_priors']
 
 # %% ../nbs/45_tiny_priors.ipynb #f10c7683
 import json, math, re, time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -243,24 +244,31 @@ def _affine_of(x, dy, scale, shift, B, D, act, slope):
     with torch.cuda.device_of(x): _affine[triton.cdiv(pixels, rows), n](x, dy, scale, shift, B, D, out, pixels, C, CP, rows, act, slope)
     return out
 
+def _norm_there(x, weight, bias, groups, eps, act): # and what the way back needs
+    x = x.contiguous(memory_format=torch.channels_last)
+    stats = x.new_empty((len(x), groups, 2), dtype=torch.float32)
+    scale, shift = _tables_of(_sums_of(x, x, x, x, act, False), weight, bias, stats, x[0, 0].numel(), eps, False)
+    return _affine_of(x, x, scale, shift, scale, scale, act, False), (x, weight, bias, stats, scale, shift)
+
+def _norm_back(dy, x, weight, bias, stats, scale, shift, act): # gradients of x, and for each picture those of weight and bias
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    B, D, p, q = _tables_of(_sums_of(x, dy, scale, shift, act, True), weight, bias, stats, x[0, 0].numel(), 0., True)
+    return _affine_of(x, dy, scale, shift, B, D, act, True), q, p
+
 class GroupNormAct(torch.autograd.Function):
     "Group normalisation, then SiLU if `act`, of channels-last `x` (N,C,H,W)"
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, act):
-        x = x.contiguous(memory_format=torch.channels_last)
-        stats = x.new_empty((len(x), groups, 2), dtype=torch.float32)
-        scale, shift = _tables_of(_sums_of(x, x, x, x, act, False), weight, bias, stats, x[0, 0].numel(), eps, False)
-        ctx.save_for_backward(x, weight, bias, stats, scale, shift)
+        y, kept = _norm_there(x, weight, bias, groups, eps, act)
+        ctx.save_for_backward(*kept)
         ctx.act = act
-        return _affine_of(x, x, scale, shift, scale, scale, act, False)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, stats, scale, shift = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        B, D, p, q = _tables_of(_sums_of(x, dy, scale, shift, ctx.act, True), weight, bias, stats, x[0, 0].numel(), 0., True)
-        dx, wanted = _affine_of(x, dy, scale, shift, B, D, ctx.act, True), ctx.needs_input_grad
-        return dx, q.sum(0).to(weight.dtype) if wanted[1] else None, p.sum(0).to(bias.dtype) if wanted[2] else None, None, None, None
+        (_, weight, bias, *_), (_, *wanted) = ctx.saved_tensors, ctx.needs_input_grad
+        dx, dw, db = _norm_back(dy, *ctx.saved_tensors, ctx.act)
+        return dx, dw.sum(0).to(weight.dtype) if wanted[0] else None, db.sum(0).to(bias.dtype) if wanted[1] else None, None, None, None
 
 # %% ../nbs/45_tiny_priors.ipynb #4583ccc1
 def group_norm(
@@ -319,11 +327,36 @@ def fused_norms_work(
 ) -> bool:
     "Whether Triton's norms run on `device` and agree with PyTorch's, values and gradients"
     if device.type != 'cuda' or find_spec('triton') is None: return False
-    try: errors = [e for channels, groups, act in ((192, 32, True), (24, 8, False)) for e in _norm_errors(channels, groups, act, device, dtype)]
+    try: errors = [e for channels, groups, act in ((192, 32, True), (320, 32, False)) for e in _norm_errors(channels, groups, act, device, dtype)]
     except Exception as e:
         print('norms in Triton left out:', repr(e)[:200])
         return False
     return max(errors) < (1e-3 if dtype == torch.float32 else 2e-2)
+
+def _norms_of(model): # with whether each is activated
+    from diffusers.models.resnet import ResnetBlock2D
+    active = {norm for m in model.modules() if isinstance(m, ResnetBlock2D) for norm in (m.norm1, m.norm2)}
+    return [(m, m in active or isinstance(m, _NormSiLU)) for m in model.modules() if isinstance(m, nn.GroupNorm)]
+
+@torch.no_grad()
+def _ask_norm(norm, act, back):
+    y, kept = _norm_there(norm.weight.new_zeros(1, norm.num_channels, 1, 1), norm.weight, norm.bias, norm.num_groups, norm.eps, act)
+    if back: _norm_back(y, *kept, act)
+
+def compile_norms(
+    *models: tuple[nn.Module, bool], # From `fuse_norms`, each with whether it is also asked for gradients
+    threads: int = 8, # At a time; Triton's interpreter bears one
+):
+    "Have the kernels of all norms compiled side by side, not one by one as they are first asked"
+    _norm_kernels()
+    power, needed = triton.next_power_of_2, {}
+    for model, back in models:
+        for norm, act in _norms_of(model):
+            C = norm.num_channels
+            kind = power(C), power(C//norm.num_groups), C%16 == 0, act
+            needed[kind] = norm, act, back or kind in needed and needed[kind][2]
+    with ThreadPoolExecutor(threads) as pool: # Triton compiles outside of Python
+        for now in (True, False): list(pool.map(lambda o: _ask_norm(*o), [o for o in needed.values() if o[1] == now])) # the second ones share kernels with the first
 
 
 # %% ../nbs/45_tiny_priors.ipynb #c96cbab2
