@@ -71,7 +71,7 @@ def _triton_mlp():
         W1, W2, W3 = _eleven(tl.load(p, i[None, :] < IN, 0.)), _eleven(tl.load(q)), _eleven(tl.load(r, o[:, None] < 4, 0.))
         return W1, tl.load(p_), W2, tl.load(q_), W3, tl.load(r_, o[:, None] < 4, 0.)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['n', 'across'])
     def forward(x_ptr, w1, b1, w2, b2, w3, b3, h_ptr, n, down, across, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
         i, o = tl.arange(0, K), tl.arange(0, 16)
         W1, b1, W2, b2, W3, b3 = _weights(w1, b1, w2, b2, w3, b3, i, o, IN, WIDTH, K, H)
@@ -82,7 +82,7 @@ def _triton_mlp():
             at, here = _tile(h_ptr, block, n, o, 4, 4, 1, BLOCK)
             tl.store(at, tl.trans(tl.dot(tl.trans(b), tl.trans(W3))) + b3, here)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['n', 'across', 'dacross'])
     def backward(x_ptr, w1, b1, w2, b2, w3, b3, dh_ptr, dx_ptr, dw_ptr, n, down, across, ddown, dacross, DX: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
         i, o = tl.arange(0, K), tl.arange(0, 16)
         W1, b1, W2, b2, W3, b3 = _weights(w1, b1, w2, b2, w3, b3, i, o, IN, WIDTH, K, H)
@@ -221,7 +221,7 @@ def _triton_meaning():
         a, b, c = tl.exp(U) - tl.exp(u), tl.exp(V) - tl.exp(v), tl.exp(W) - tl.exp(w)
         return u, v, w, U, V, W, a, b, c, tl.sqrt(a*a + b*b + c*c)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['n'])
     def forward(h_ptr, x_ptr, d_ptr, c_ptr, n_ptr, n, height, shrink, DENSITY: tl.constexpr, ALBEDO: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
         here = i < n
@@ -235,7 +235,7 @@ def _triton_meaning():
             tl.store(n_ptr + 3*i + 1, b/long, here)
             tl.store(n_ptr + 3*i + 2, c/long, here)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['n'])
     def backward(h_ptr, x_ptr, dd_ptr, dc_ptr, dn_ptr, dh_ptr, n, height, shrink, DENSITY: tl.constexpr, ALBEDO: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
         here = i < n

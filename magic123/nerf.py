@@ -211,7 +211,7 @@ def _march_triton(origins, directions, occupied, step, shift, near):
 def _march_trouble(kind): # '' if Triton finds what torch finds
     some = torch.Generator().manual_seed(0)
     o, d = torch.tensor([[0., 0., 2.]]).expand(40, 3), torch.randn(40, 3, generator=some)*.3 - torch.tensor([0., 0., 1.])
-    scene = o.to(kind), d.to(kind), (torch.rand(8, 8, 8, generator=some) > .5).to(kind), .05, torch.rand(40, generator=some).to(kind), .2
+    scene = o.to(kind), d.to(kind), (torch.rand(16, 16, 16, generator=some) > .5).to(kind), .05, torch.rand(40, generator=some).to(kind), .2
     def check():
         a, b = _march_triton(*scene), _march_torch(*scene)
         return (a.start - b.start).abs().max() <= 4 and abs(len(a) - len(b)) <= 4

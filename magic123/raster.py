@@ -298,7 +298,7 @@ def _triton_inside():
         total = e0 + e1 + e2
         return i, j, k, x, y, aX, aY, aw, bX, bY, bw, cX, cY, cw, e0/total, e1/total, e2/total, total
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['points'])
     def weigh(screen_ptr, corner_ptr, pixel_ptr, w_ptr, z_ptr, points, width, BLOCK: tl.constexpr):
         p = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real = p < points
@@ -308,7 +308,7 @@ def _triton_inside():
         tl.store(w_ptr + 2*points + p, w, real)
         tl.store(z_ptr + p, u*aw + v*bw + w*cw, real)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['points'])
     def weigh_back(screen_ptr, corner_ptr, pixel_ptr, dw_ptr, dz_ptr, out_ptr, points, width, BLOCK: tl.constexpr):
         p = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real = p < points
@@ -328,7 +328,7 @@ def _triton_inside():
         tl.atomic_add(out_ptr + 3*k + 1, cy, real, sem='relaxed')
         tl.atomic_add(out_ptr + 3*k + 2, dz*w - x*cx - y*cy, real, sem='relaxed')
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['points'])
     def mix(value_ptr, corner_ptr, w_ptr, out_ptr, points, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
         p, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
         real = p < points
@@ -338,7 +338,7 @@ def _triton_inside():
             total += w[:, None]*tl.load(value_ptr + i[:, None]*C + c, here, 0.)
         tl.store(out_ptr + p[:, None]*C + c, total, here)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['points'])
     def mix_back(value_ptr, corner_ptr, w_ptr, d_ptr, dvalue_ptr, dw_ptr, points, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
         p, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
         real = p < points
@@ -389,12 +389,12 @@ def _inside_trouble(kind): # '' if Triton finds what torch finds, there and back
     some = torch.Generator().manual_seed(0)
     screen, values = torch.rand(9, 3, generator=some) + torch.tensor([0., 0., 1.]), torch.rand(9, 3, generator=some)
     corners = torch.rand(50, 9, generator=some).argsort(1)[:, :3].t().contiguous().to(kind)
-    pixels, given = torch.randint(64, (50,), generator=some).to(kind), [o.to(kind).requires_grad_() for o in (screen*20, values)]
+    pixels, given = torch.randint(256, (50,), generator=some).to(kind), [o.to(kind).requires_grad_() for o in (screen*20, values)]
     def check():
         found = []
         with torch.enable_grad():
             for weigh, mix in ((_Weigh.apply, _Mix.apply), (_weigh_torch, _mix_torch)):
-                weights, depth = weigh(given[0], corners, pixels, 8)
+                weights, depth = weigh(given[0], corners, pixels, 16)
                 out = mix(given[1], corners, weights)
                 found.append([weights, depth, out, *torch.autograd.grad(out.sin().sum() + (depth*.01).sin().sum() + weights.square().sum(), given)])
         return all(((a - b).norm() <= 1e-3*b.norm()).item() for a, b in zip(*found))
@@ -472,7 +472,7 @@ def _triton_normals():
         along = tl.where(length > floor, (x*dx + y*dy + z*dz)/(long*long), 0.)
         return (dx - along*x)/long, (dy - along*y)/long, (dz - along*z)/long
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['faces'])
     def cross(vertex_ptr, face_ptr, n_ptr, total_ptr, faces, BLOCK: tl.constexpr):
         f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real = f < faces
@@ -485,7 +485,7 @@ def _triton_normals():
         tl.store(n_ptr + 3*f + 2, z, real)
         tl.atomic_add(total_ptr, tl.sum(tl.where(real, tl.sqrt(x*x + y*y + z*z), 0.), 0), sem='relaxed')
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['faces'])
     def gather(face_ptr, n_ptr, total_ptr, sum_ptr, faces, BLOCK: tl.constexpr):
         f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real, floor = f < faces, 1e-3*tl.load(total_ptr)/faces
@@ -497,13 +497,13 @@ def _triton_normals():
             tl.atomic_add(sum_ptr + 3*i + 1, y/long, real, sem='relaxed')
             tl.atomic_add(sum_ptr + 3*i + 2, z/long, real, sem='relaxed')
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['vertices'])
     def measure(sum_ptr, total_ptr, vertices, BLOCK: tl.constexpr):
         v = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         x, y, z = _corner(sum_ptr, v, v < vertices)
         tl.atomic_add(total_ptr + 1, tl.sum(tl.sqrt(x*x + y*y + z*z), 0), sem='relaxed')
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['vertices'])
     def unit(sum_ptr, d_ptr, total_ptr, out_ptr, vertices, BACK: tl.constexpr, BLOCK: tl.constexpr):
         v = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real, floor = v < vertices, 1e-3*tl.load(total_ptr + 1)/vertices
@@ -518,7 +518,7 @@ def _triton_normals():
         tl.store(out_ptr + 3*v + 1, y, real)
         tl.store(out_ptr + 3*v + 2, z, real)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['faces'])
     def scatter(vertex_ptr, face_ptr, n_ptr, total_ptr, d_ptr, out_ptr, faces, BLOCK: tl.constexpr):
         f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real, floor = f < faces, 1e-3*tl.load(total_ptr)/faces
@@ -599,7 +599,7 @@ def _triton_sides():
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['faces', 'vertices'])
     def kernel(screen_ptr, face_ptr, front_ptr, shows_ptr, gap_ptr, faces, vertices, BLOCK: tl.constexpr):
         f = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK)
         real = f < faces
@@ -825,7 +825,7 @@ def _triton_blend():
         excess = tl.abs(offset) - .5
         return real, i, j, ix, iy, iw, jx, jy, jw, steep, span, share, c1 - c0, offset, excess, p, q, tl.where(excess < 0, p, q)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['slots'])
     def blend(screen_ptr, edge_ptr, slot_ptr, image_ptr, out_ptr, slots, width, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
         s, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
         if tl.max(tl.load(slot_ptr + s, s < slots, -1), 0) >= 0:
@@ -834,7 +834,7 @@ def _triton_blend():
             change = (tl.load(image_ptr + p[:, None]*C + c, here, 0.) - tl.load(image_ptr + q[:, None]*C + c, here, 0.))*excess[:, None]
             tl.atomic_add(out_ptr + to[:, None]*C + c, change, here, sem='relaxed')
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=['slots'])
     def blend_back(screen_ptr, edge_ptr, slot_ptr, image_ptr, d_ptr, dimage_ptr, dscreen_ptr, slots, width, C: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
         s, c = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.arange(0, CP)[None, :]
         if tl.max(tl.load(slot_ptr + s, s < slots, -1), 0) >= 0:

@@ -736,6 +736,7 @@ def measure(
     cuda, alone = device.type == 'cuda', team.alone
     recipe = for_team(recipe or Recipe.preset('official' if cuda else 'quick'), team, say)
     full, desk, repeats = of_true_size(recipe, device), Desk(recipe, device, occupied=occupied), 20 if cuda else 5
+    if team.size > 1 and {'coarse', 'fine', 'scaling'} & {*parts}: team.share(list(desk.coarse.state_dict().values())) # a GPU fits a toy a little differently each time, and then lattices differ too
     def note(name, found):
         out[name] = found
         if not team.first: return
