@@ -887,15 +887,15 @@ def whole_seeds(
     objects = table.groupby('seed')['object'].agg(frozenset)
     return table[table['seed'].map(objects) == max(objects, key=len, default=frozenset())]
 
-def _margin(left, free): # of a mean: from what is `left` of each number, with so many degrees of freedom
+def _margin(left, free, share): # from what is `left` of each number, with so many degrees of freedom; `share` of one's variance is that of the mean
     from scipy import stats
-    return stats.t.ppf(.975, free)*((left**2).sum()/free/len(left))**.5 if free > 0 else math.nan
+    return stats.t.ppf(.975, free)*((left**2).sum()/free*share)**.5 if free > 0 else math.nan
 
 def mean_and_margin(
     gaps, # A `pandas.Series`: for each seed, how much better one is than another
 ) -> tuple[float, float]: # The mean, and half of its 95 % confidence interval (Student's t); NaN for one seed
     "A difference, and how large chance alone could have made it"
-    return gaps.mean(), _margin(gaps.dropna() - gaps.mean(), gaps.count() - 1)
+    return gaps.mean(), _margin(gaps.dropna() - gaps.mean(), gaps.count() - 1, 1/max(gaps.count(), 1))
 
 def paired(
     table, # A `pandas.DataFrame` with columns object, seed, `by` and `column`
@@ -903,11 +903,12 @@ def paired(
     column: str,
     one, other, # Two of the values of `by`
 ) -> tuple[float, float] | None: # How much more `other` has, and half of its 95 % confidence interval (NaN for one seed); None if either is missing
-    "A difference for these very objects, and how large chance alone could have made it: of the same object and seed, its spread over seeds within each object"
+    "A difference for these very objects, which count alike, and how large chance alone could have made it: of the same object and seed, its spread over seeds within each object"
     wide = table.pivot_table(column, ['object', 'seed'], by)
     if not {one, other} <= {*wide}: return None
     gap = (wide[other] - wide[one]).dropna()
-    return gap.mean(), _margin(gap - gap.groupby('object').transform('mean'), len(gap) - gap.index.unique('object').size)
+    each = gap.groupby('object')
+    return each.mean().mean(), _margin(gap - each.transform('mean'), len(gap) - each.ngroups, (1/each.size()).sum()/each.ngroups**2)
 
 def over_seeds(
     table, # A `pandas.DataFrame`

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .cameras import Camera
 from .metrics import device_of, psnr
-from .preprocess import Reference
+from .preprocess import Reference, area_resize
 from .shading import Scene
 from .show import UserError, to_uint8
 
@@ -34,10 +34,14 @@ def official_frame(
 
 def official_photo(
     photo: Reference,
-) -> Tensor: # (H,W,3) in [0,1]
-    "The photo as the official script has it: white only where nothing at all is"
-    straight = (photo.rgb - 1 + photo.mask)/photo.mask.clamp(min=1e-6)
-    return torch.where(photo.mask > 1/512, straight.clamp(0, 1), torch.ones_like(straight))
+    size: int | None = None, # Pixels a side; as many as `photo` has if None
+) -> Tensor: # (size,size,3) in [0,1]
+    "The photo as the official script has it: white only where nothing at all is. It knows squashed cut-outs only; of others, what comes next to that"
+    size, rgba = size or len(photo.rgb), torch.from_numpy(photo.rgba)/255
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if (area_resize(rgb*alpha + 1 - alpha, 32) - area_resize(photo.rgb, 32)).abs().max() > .05: # padded, cropped, or cut out here
+        rgb, alpha = (photo.rgb - 1 + photo.mask)/photo.mask.clamp(min=1e-6), photo.mask - 1/512
+    return area_resize(torch.where(alpha > 0, rgb.clamp(0, 1), 1.), size)
 
 # %% ../nbs/64_perceptual.ipynb #efbf2a77
 LPIPS_SIZE = 224 # Pixels a side (official code)
@@ -180,4 +184,4 @@ def evaluate_perceptual(
     look = lambda camera: scene.render(camera.to(device)).rgb.to('cpu')
     cameras = film_cameras(photo, views if judges.clip else 1)
     plain = _scores(judges, photo.rgb, (look(c) for c in cameras))
-    return plain | dict(official=_scores(judges, official_photo(photo), (official_frame(look(c)) for c in cameras)))
+    return plain | dict(official=_scores(judges, official_photo(photo, size), (official_frame(look(c)) for c in cameras)))
