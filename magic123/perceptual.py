@@ -151,12 +151,11 @@ def find_judges(
         except UserError as e: found.append(say(str(e)))
     return Judges(*found)
 
-def _shrunk(rgb, size): return F.interpolate(rgb.movedim(-1, 0)[None], (size, size), mode='area')[0].movedim(0, -1)
 
 def _scores(judges, photo, frames): # of pictures that are all alike prepared; the first frame is the photo's view
     first = next(frames)
     out = dict(psnr=psnr(first, photo))
-    if judges.lpips: out['lpips'] = judges.lpips(_shrunk(first, LPIPS_SIZE), _shrunk(photo, LPIPS_SIZE))
+    if judges.lpips: out['lpips'] = judges.lpips(area_resize(first, LPIPS_SIZE), area_resize(photo, LPIPS_SIZE))
     def film():
         yield first
         yield from frames

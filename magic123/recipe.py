@@ -187,7 +187,8 @@ class NeRFSettings(Settings):
 
 class DMTetSettings(Settings):
     "The fine scene"
-    resolution: int = setting(256, 'official code (nerf/renderer.py)', 'Layers of lattice vertices along the object\'s longest side', ge=4, le=512)
+    resolution: int = setting(256, 'official code (nerf/renderer.py): its file of that name; 256 layers have twice the vertices', 'Layers of lattice vertices along the object\'s longest side', ge=4, le=512)
+    start: Literal['distance', 'density'] = setting('distance', 'paper 2.1.2: a signed distance field, converted from the density', 'What its vertices begin with: distances to the surface, or the density above the threshold, from -1 to 1')
     density_threshold: float = setting(10., 'official code (nerf/renderer.py)', 'Highest density that the surface may start from', gt=0, le=1e4)
     mean_threshold: bool = setting(True, 'official code (nerf/renderer.py)', 'The surface starts from the mean density where that is lower')
     margin: float = setting(.1, 'official code (nerf/renderer.py)', 'Room around the object', ge=0, le=1)
@@ -364,6 +365,7 @@ OFFICIAL = [
     Change('fine.weights.normal_smooth', 0., 'official code (main.py), row 7'),
     Change('fine.weights.mesh_normal', .1, 'official code (nerf/renderer.py), row 8'),
     Change('fine.weights.laplacian', .1, 'official code (nerf/renderer.py), row 8'),
+    Change('dmtet.start', 'density', 'official code (nerf/renderer.py), row 8'),
     Change('fine.remove_edge', True, 'official code (nerf/utils.py, guidance/*.py), row 8'),
     Change('fine.t_range', (.02, .5), 'official code (main.py), row 8'),
     Change('coarse.weights.entropy', 1e-3, 'official code (main.py), row 9'),
