@@ -39,7 +39,7 @@ from .optimise import Interrupted, load_scene, optimise
 from .preprocess import Reference, load_reference, read_image
 from .raster import pick_zbuffer
 from .recipe import PRESETS, Recipe, values
-from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, save_png, writing
+from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, no_room, save_png, writing
 from .stable_diffusion import PARTS, LatentPrior, StableDiffusionPrior, Words, find_folder, find_part, load_tokenizer, part_weights, _files
 from .textual_inversion import invert, load_learned_embeds, save_learned_embeds
 from .toybox import SPLITS, Toy, make_toy, parse_toy
@@ -351,10 +351,6 @@ def carry_on(
 class OutOfMemory(UserError):
     "This process's memory is full; those that it works with may know nothing of it"
 
-def _no_room(e): # The error that says so: a recording that it breaks off ends in another one
-    said = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(e))
-    return e if said or e is None else _no_room(e.__context__)
-
 @contextmanager
 def enough_memory(
     hint: str, # What helps
@@ -362,7 +358,7 @@ def enough_memory(
     "Memory that runs out is no bug: what it was, and what to do"
     try: yield
     except Exception as e:
-        if isinstance(e, UserError) or not (full := _no_room(e)): raise
+        if isinstance(e, UserError) or not (full := no_room(e)): raise
         raise OutOfMemory(f'The memory is full: {". ".join(str(full).strip().split(". ")[:3]) or type(full).__name__}', hint) from e
 
 def _smaller(job): # For a run: what it keeps, and how it can go on

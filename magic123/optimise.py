@@ -7,12 +7,13 @@ __all__ = ['photo_terms', 'jitter', 'novel_look', 'view_terms', 'step_terms', 'P
            'same_shape', 'make_adam', 'Interrupted', 'Run', 'interruptible', 'preview', 'optimise', 'load_scene']
 
 # %% ../nbs/51_optimise.ipynb #75a69074
-import json, math, signal, threading, time
+import json, math, signal, threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from time import perf_counter as clock
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -24,7 +25,7 @@ from .many_gpus import Team, join
 from .recipe import NovelSettings, Stage
 from .sds import fork
 from .shading import Scene, Shading, ShadingSchedule, View, sample_shading
-from .show import UserError, atomic_write, depth_to_rgb, normal_to_rgb, strip
+from .show import UserError, atomic_write, depth_to_rgb, no_room, normal_to_rgb, strip
 
 # %% ../nbs/51_optimise.ipynb #686dfc4f
 def photo_terms(
@@ -160,7 +161,9 @@ def same_shape(
 ):
     "A checkpoint that does not fit the scene is the user's error: the recipe was changed between"
     try: yield
-    except (RuntimeError, KeyError, ValueError) as e: raise UserError(f'The checkpoint in {folder} is of another scene than the recipe describes',
+    except (RuntimeError, KeyError, ValueError) as e:
+        if no_room(e): raise
+        raise UserError(f'The checkpoint in {folder} is of another scene than the recipe describes',
         'Put the run\'s recipe.json back as it was, or begin again with `magic123 run --overwrite`') from e
 
 # %% ../nbs/51_optimise.ipynb #f1b31db7
@@ -191,8 +194,8 @@ class Run:
         self.scene, self.stage, self.folder, self.log, self.team = scene, stage, Path(folder), Path(log or Path(folder)/'log.jsonl'), join()
         if self.team.size > stage.novel_views: raise UserError(f'{self.team.size} processes cannot share {stage.novel_views} novel views a step',
             f'Start at most {stage.novel_views}, or begin a run with novel_views {self.team.size} or more')
-        self.generator, self.adam, self.progress = torch.Generator().manual_seed(seed), make_adam(scene, stage), Progress()
-        self.params = [p for g in self.adam.param_groups for p in g['params']]
+        self.generator, self.progress = torch.Generator().manual_seed(seed), Progress()
+        self.take_hold()
         self.average = None if stage.ema_decay is None else [p.detach().clone() for p in self.params]
         self.ahead = self.params[0].is_cuda # Whether to launch a step before the last one's numbers are read
         self.pending = deque() # Steps whose numbers have not been read
@@ -200,6 +203,11 @@ class Run:
             self.progress.log_bytes = self.log.stat().st_size if self.log.exists() else 0
             self.team.share(list(scene.state_dict().values()))
             self.save()
+
+    def take_hold(self):
+        "Of the scene's parameters, with an optimiser that knows nothing of them"
+        self.adam = make_adam(self.scene, self.stage)
+        self.params = [p for g in self.adam.param_groups for p in g['params']]
 
     def tensors(self) -> dict[str, Tensor]:
         "All that a checkpoint holds, beside the counters"
@@ -221,6 +229,7 @@ class Run:
         for k, v in part('adam').items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.')[1]] = v
         with same_shape(self.folder):
             self.scene.load_state_dict(part('scene'))
+            self.take_hold() # a scene may have made itself new ones, of the checkpoint's size
             self.adam.load_state_dict(dict(state=state, param_groups=self.adam.state_dict()['param_groups']))
             if self.average is not None: self.average = [tensors[f'average.{i}'].to(p) for i, p in enumerate(self.params)]
         if chance: self.generator.set_state(tensors['rng'])
@@ -350,23 +359,29 @@ def optimise(
     device = next(scene.parameters()).device
     photo = reference.to(device).at(stage.reference_resolution)
     run = Run(scene, stage, folder, seed, log)
+    saved = shown = clock()
     with interruptible() as asked:
         while run.progress.step < stage.steps:
-            began = time.perf_counter()
+            began = clock()
             run.advance(photo, prior, novel)
-            due = run.progress.step == stage.steps or run.progress.step % stage.checkpoint_interval == 0
+            last = run.progress.step == stage.steps
+            due = last or run.progress.step % stage.checkpoint_interval == 0 and run.team.agree(run.team.first and clock() - saved >= stage.checkpoint_seconds)
             known = run.read(wait=due)
-            spent = time.perf_counter() - began
+            spent = clock() - began
             run.progress.seconds += spent
             for step, values in known: run.write_log(step, values, 1000*spent/len(known))
             if run.progress.in_a_row >= stage.patience: run.go_back(values)
             done = run.progress.step
-            if run.team.first and (done % stage.preview_interval == 0 or done == stage.steps):
+            if run.team.first and (last or done % stage.preview_interval == 0 and clock() - shown >= stage.preview_seconds):
+                shown = clock()
                 with atomic_write(run.folder/f'preview_{done:07d}.png') as tmp: preview(scene, photo.camera).image.save(tmp)
             for _, values in known if on_step else (): on_step(run.progress, values)
             if stop := run.team.agree(bool(asked)):
                 for step, values in run.read(): run.write_log(step, values, 1000*spent)
-            if done == stage.steps or (due or stop) and not run.progress.in_a_row: run.save()
+            if last or (due or stop) and not run.progress.in_a_row:
+                run.save()
+                saved = clock()
+            run.progress.seconds += clock() - began - spent
             if stop: raise Interrupted(f'Stopped after step {done} of {stage.steps}; the state is in {folder}')
     if run.average is not None:
         with torch.no_grad():

@@ -268,7 +268,9 @@ class Stage(Settings):
     ema_decay: float | None = setting(None, 'paper: not mentioned', 'Average the parameters over time and end with the average', ge=0, lt=1)
     ema_interval: int = setting(100, 'official code (main.py): once per epoch', 'Steps between two contributions to the average', ge=1, le=1_000_000)
     checkpoint_interval: int = setting(50, 'ours: a minute of work at most', 'Steps between checkpoints', ge=1, le=1_000_000)
+    checkpoint_seconds: float = setting(20., 'ours: 200 MB take longer to write than fifty steps on a GPU', 'Seconds between checkpoints, at least', ge=0, le=1e6)
     preview_interval: int = setting(50, 'ours', 'Steps between pictures of the state', ge=1, le=1_000_000)
+    preview_seconds: float = setting(2., 'ours', 'Seconds between pictures of the state, at least', ge=0, le=1e6)
     patience: int = setting(5, 'ours', 'Steps with a loss that is not finite before going back to the last checkpoint', ge=1, le=1000)
     rollbacks: int = setting(3, 'ours', 'Times to go back, with half the learning rate, before giving up', ge=0, le=100)
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
-from .show import UserError, default_device
+from .show import UserError, default_device, no_room
 from .cameras import Camera
 from .shading import View
 from .sds import add_noise, classifier_free_guidance, draw_noise, draw_timesteps, sds
@@ -141,6 +141,7 @@ def load_part(
         with quiet(): model, info = kind.from_pretrained(folder, variant=variant or None, use_safetensors=True, local_files_only=True,
             output_loading_info=True, **kept)
     except Exception as e:
+        if no_room(e): raise
         raise UserError(f'{file} could not be read: {_first_line(e)}', 'Fetch it again, or compare its size with the original') from e
     absent, odd = sorted(info['missing_keys']), sorted(name for name in info['unexpected_keys'] if not name.endswith('.position_ids'))
     for names, what in ((absent, 'lacks {} weights that its config.json asks for'), (odd, 'holds {} weights that its config.json has no place for')):

@@ -12,15 +12,16 @@ __all__ = ['PICKLES', 'SOURCES', 'Inert', 'InertDict', 'names_asked_for', 'read_
            'fetch_url', 'fetch', 'listed']
 
 # %% ../nbs/47_weights.ipynb #a298c4ce
-import hashlib, json, os, re, shutil, zipfile
+import glob, hashlib, json, os, re, shutil, zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from psutil import pid_exists
 from torch import Tensor
-from .show import UserError, atomic_write
+from .show import UserError, atomic_write, no_room
 from .stable_diffusion import PARTS, SAFE, VARIANTS, _first_line, _tokenizer, find_part, lacks, missing_parts, part_weights, quiet
 from .zero123 import CLIP_MEAN, CLIP_STD, ZERO123_PARTS
 
@@ -88,6 +89,7 @@ def read_tensors(
         else: found = _unpickle(path)
     except UserError: raise
     except Exception as e:
+        if no_room(e): raise
         if name := re.search(r'GLOBAL (\S+) was not an allowed', str(e)): raise _refused(path, name[1]) from e
         raise UserError(f'{path} cannot be read: it is damaged, or holds more than tensors ({type(e).__name__})',
             'Compare its size with the original, or fetch it again') from e
@@ -345,7 +347,8 @@ def new_folder(
 ): # A folder beside it to write to
     "All of a folder or nothing"
     part = path.with_name(f'.{path.name}.{os.getpid()}')
-    shutil.rmtree(part, ignore_errors=True)
+    for left in path.parent.glob(f'.{glob.escape(path.name)}.*'): # by a process that was killed
+        if left.suffix[1:].isdecimal() and not pid_exists(int(left.suffix[1:])): shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
@@ -602,7 +605,7 @@ def from_folder(
     pickles = {part: find_pickle(folder, *part.split('|')) for part in missing}
     if gone := {part: parts[part] for part, f in pickles.items() if f is None}: raise UserError(f'{folder} lacks {lacks(folder, gone)}',
         'A prior is a folder in diffusers layout: each part a subfolder with config.json and weights')
-    name = (_repo_of(folder) or folder.resolve().name).split('/')[-1]
+    name = (_repo_of(folder) or folder.absolute().name).split('/')[-1]
     home = _home_of(name, pickles.values())
     with _made(home, folder, lambda home: not missing_parts(home, parts)) as anew:
         if anew: _make_safe(folder, parts, pickles, home)
@@ -703,7 +706,8 @@ def lock(
     "Write fingerprints to the lock file, or an error if they are not those that were expected"
     source = SOURCES.get(name)
     files = _fingerprints(folder, [folder/file for file in files] or _files_of(folder, source))
-    before = read_lock().get(name, {}).get('files', {})
+    place, commit, earlier = place.partition('@')[0], folder.name if re.fullmatch('[0-9a-f]{40}', folder.name) else '', read_lock().get(name, {})
+    before = earlier.get('files', {}) if (earlier.get('place'), earlier.get('commit')) == (place, commit) else {} # other places, and other days, have other files
     for file, now in files.items():
         expected = source.sha256.get(file, '') if source else ''
         if not now['sha256'].startswith(expected) or now['sha256'] != before.get(file, now)['sha256']:
@@ -711,8 +715,7 @@ def lock(
             raise UserError(f'{place}: {file} is not the file that it should be: its SHA-256 is {now["sha256"]}, not {expected or before[file]["sha256"]}',
                 f'{"It was removed: fetch" if fresh else f"Remove {folder/file} and fetch"} it again; if it was changed on purpose, '
                 + (f'give the path of its folder ({folder}) instead of a name' if expected else f'delete {name} from {lock_file()}'))
-    commit = folder.name if re.fullmatch('[0-9a-f]{40}', folder.name) else ''
-    _write_lock(name, place=place.partition('@')[0], commit=commit, folder=str(folder), licence=source.licence if source else '', files=before | files)
+    _write_lock(name, place=place, commit=commit, folder=str(folder), licence=source.licence if source else '', files=before | files)
 
 def lock_made(
     home: Path, # A converted folder
@@ -803,7 +806,8 @@ def _local(repo, commit): # whole or not: the hub's library would miss whatever 
     try: return Path(snapshot_download(repo, revision=commit, local_files_only=True, allow_patterns=[]))
     except Exception: return None
 
-def _locals(places): return (f for repo, commit in map(_split, places) for c in dict.fromkeys((commit, None)) if (f := _local(repo, c)))
+def _locals(places, strict=False): # `strict`: a commit that somebody has named is meant
+    return (f for repo, commit in map(_split, places) for c in dict.fromkeys((commit,) if strict and commit else (commit, None)) if (f := _local(repo, c)))
 
 def on_disk(
     name: str, # A source, or a prior's place on the hub
@@ -813,7 +817,7 @@ def on_disk(
     source = SOURCES.get(name)
     whole = lambda folder: all((folder/file).is_file() for file in source.files) if source and source.files else _complete(folder, parts or source.parts)
     if source and source.place.startswith('https:'): places = [_url_folder(source)]
-    else: places = _locals([source.place, *source.mirrors] if source else _places(name))
+    else: places = _locals([source.place, *source.mirrors] if source else _places(name), '@' in name)
     return next((folder for folder in places if whole(folder)), None)
 
 def _vouched(name, folder): # the same folder

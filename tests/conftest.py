@@ -3,7 +3,7 @@ import json, os
 import pytest
 import zygote
 
-STAGE = dict(resolution=16, reference_resolution=16, checkpoint_interval=4, preview_interval=8, light=dict(albedo=1., normal_fraction=0.))
+STAGE = dict(resolution=16, reference_resolution=16, checkpoint_interval=4, checkpoint_seconds=0., preview_interval=8, preview_seconds=0., light=dict(albedo=1., normal_fraction=0.))
 MINIATURE = dict(
     name='quick', threads=1,
     coarse=dict(steps=24, lr=dict(table=.05, mlp=.01)) | STAGE,
