@@ -180,7 +180,7 @@ def render(folder: tyro.conf.Positional[str], /, views: int = 100, size: int = 8
     from magic123.image_to_mesh import film
     for path in film(folder, views, size, polar, device): shell_console().print(str(path), highlight=False, soft_wrap=True)
 
-def export(folder: tyro.conf.Positional[str], /, format: tuple[Literal['glb', 'obj', 'ply', 'usdz'], ...] = ('glb',), texture: int | None = None, max_faces: int | None = None, device: str | None = None):
+def export(folder: tyro.conf.Positional[str], /, format: tuple[Literal['glb', 'obj', 'ply', 'usdz'], ...] = ('glb',), texture: int | None = None, max_faces: int | None = None, device: str | None = None, unlit: bool | None = None):
     """Write a run's mesh in other formats.
 
     Args:
@@ -189,9 +189,10 @@ def export(folder: tyro.conf.Positional[str], /, format: tuple[Literal['glb', 'o
         texture: Pixels along an edge of the texture; the recipe's if not given
         max_faces: Faces to keep at most; the recipe's if not given
         device: auto, cpu, cuda or cuda:1; the run's own if it is here, else the CPU, if not given
+        unlit: Whether to ask viewers of the GLB for the colours as they are, without light of their own; as the recipe says if not given
     """
     from magic123.image_to_mesh import export_mesh
-    for path in export_mesh(folder, format, texture, max_faces, device): shell_console().print(str(path), highlight=False, soft_wrap=True)
+    for path in export_mesh(folder, format, texture, max_faces, device, unlit): shell_console().print(str(path), highlight=False, soft_wrap=True)
 
 def ablate(grid: tyro.conf.Positional[str], /, out: str | None = None, cluster: str = 'local', workers: int | None = None, gpu_memory: float | None = None,
         retry: tyro.conf.FlagCreatePairsOff[bool] = False, fresh: tyro.conf.FlagCreatePairsOff[bool] = False):

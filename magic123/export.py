@@ -379,11 +379,12 @@ FORMATS = {'.glb': save_glb, '.obj': save_obj, '.ply': save_ply, '.usdz': save_u
 def save_mesh(
     path: str | Path, # Where to; the ending says the format: one of `FORMATS`
     mesh: TexturedMesh,
+    unlit: bool = False, # As for `save_glb`; the other formats have no word for it
 ) -> list[Path]: # What was written
     "Write a mesh, whole or not at all"
     save = FORMATS.get(Path(path).suffix.lower())
     if save is None: raise UserError(f'Unknown format of {path}', f'Choose one of {", ".join(FORMATS)}')
-    return save(path, mesh)
+    return save(path, mesh, unlit) if save is save_glb else save(path, mesh)
 
 # %% ../nbs/52_export.ipynb #2e901b41
 def _load_usdz(path):

@@ -395,7 +395,7 @@ def write_files(
     vertices, faces = scene.mesh()
     if e.formats: mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
     else: mesh = painted_mesh(vertices.detach(), faces, scene.field.albedo, e.max_faces, e.smallest_piece)
-    for kind in e.formats: save_mesh(job.folder/f'mesh.{kind}', mesh)
+    for kind in e.formats: save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)
     if e.formats: write_turntable(mesh, job.folder/'turntable.mp4', e.turntable_views, e.turntable_size, reference.camera)
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
     return mesh, time.perf_counter() - began
@@ -687,16 +687,17 @@ def export_mesh(
     texture: int | None = None, # Pixels along an edge of the texture; the recipe's if None
     max_faces: int | None = None, # Faces to keep at most; the recipe's if None
     device: str | None = None, # Where to bake; the run's own, or the CPU, if None
+    unlit: bool | None = None, # Ask viewers of the GLB for the colours as they are; the recipe's if None
 ) -> list[Path]: # What was written
     "Write a run's mesh in other formats"
     job = Job.open(folder)
-    asked = {'export.formats': formats, 'export.texture': texture, 'export.max_faces': max_faces}
+    asked = {'export.formats': formats, 'export.texture': texture, 'export.max_faces': max_faces, 'export.unlit': unlit}
     e = job.recipe.replace({k: v for k, v in asked.items() if v is not None}, 'export').export
     with torch.no_grad():
         scene = final_scene(folder, device)
         vertices, faces = scene.mesh()
         mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
-    return [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh)]
+    return [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
 
 # %% ../nbs/53_image_to_mesh.ipynb #53e00014
 TINY_WORD = dict(steps=150, lr=8e-3, batch=4, variants=16) # For tiny priors; all others are as `invert` has them

@@ -201,6 +201,7 @@ class ExportSettings(Settings):
     "What is written at the end"
     texture: int = setting(1024, 'ours: as fine as the renderings', 'Pixels along an edge of the texture', ge=64, le=8192)
     formats: tuple[Literal['glb', 'obj', 'ply', 'usdz'], ...] = setting(('glb',), 'ours: one file that opens everywhere', 'Files to write')
+    unlit: bool = setting(False, 'ours: viewers light what they show', 'Ask viewers of the GLB for the colours as they are, with the light that they hold, as in the film')
     max_faces: int = setting(50_000, 'official code (nerf/renderer.py): decimate_target', 'Faces to keep at most', ge=100, le=10_000_000)
     smallest_piece: float = setting(.05, 'ours: crumbs in the air', 'Pieces with less than this share of the largest one\'s area go', ge=0, le=1)
     turntable_views: int = setting(100, 'official code (nerf/provider.py)', 'Frames of the film', ge=1, le=10_000)
