@@ -11,12 +11,13 @@ __all__ = ['shell_console', 'ACCELERATORS', 'flags', 'changed', 'chosen_recipe',
 import dataclasses, errno, os, sys, time, warnings
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from .recipe import PRESETS, Recipe, Settings, allowed, values
 
 # %% ../nbs/54_cli.ipynb #41985918
@@ -64,14 +65,15 @@ def losses_in_words(
     "The losses that a human watches"
     return ' '.join(f'{k} {numbers[k]:.3g}' for k in ('rgb', 'mask', 'depth', '2d', '3d', 'loss') if k in numbers)
 
-shell_console = partial(Console, force_jupyter=False) # a shell command's output is text, in a notebook too
+shell_console = partial(Console, force_jupyter=False, emoji=False) # a shell command's output is text, in a notebook too; toybox:bear:17 is no bear
 
 class Watch:
     "Shows a run on a console"
     def __init__(self, console: Console):
         self.console, self.tasks, self.began = console, {}, {}
-        columns = TextColumn('{task.description}'), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.fields[losses]}')
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        whole, rest = (lambda: Column(no_wrap=True)), Column(no_wrap=True, overflow='ellipsis', ratio=1) # where it is narrow, losses are cut first
+        columns = TextColumn('{task.description}', table_column=whole()), BarColumn(20), MofNCompleteColumn(table_column=whole()), TimeRemainingColumn(table_column=whole()), TextColumn('{task.fields[losses]}', table_column=rest)
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
     def __enter__(self):
         self.bars.start()
         return self
@@ -100,10 +102,14 @@ def _in_words(result):
     if 'held_out' in m: lines.append(f'Views never seen: PSNR {m["held_out"]["psnr"]:.1f} dB, mask IoU {m["held_out"]["mask_iou"]:.3f}')
     if skipped := {stage: n for stage, n in m.get('skipped', {}).items() if n}:
         lines.append('A loss was not finite, so that nothing was learned, in ' + ' and '.join(f'{n} {stage} steps' for stage, n in skipped.items()))
-    took, film = sum(m['seconds'].values()), 'a film, '*(result.folder/'turntable.mp4').is_file()
-    return '\n'.join(lines + [f'{took//60:.0f} min {took%60:.0f} s, {m["peak_memory_gb"]:.1f} GB; {film}pictures and all numbers are in {result.folder}'])
+    took, film = round(sum(m['seconds'].values())), 'a film, '*(result.folder/'turntable.mp4').is_file()
+    return '\n'.join(lines + [f'{took//60} min {took%60} s, {m["peak_memory_gb"]:.1f} GB; {film}pictures and all numbers are in {result.folder}'])
 
-def _show(results, watch):
+def _show(work, watch):
+    try: results = work()
+    except Exception as e: # of several runs some may have ended
+        for r in getattr(e, 'results', ()): watch.say(_in_words(r))
+        raise
     for r in results if isinstance(results, list) else [results]: watch.say(_in_words(r))
 
 def make_run(
@@ -133,7 +139,7 @@ def make_run(
         given = chosen_recipe(['--recipe', recipe])
         given = given.replace(changed(given, settings) | ({'priors.speed': 'plain'} if no_compile else {}), 'command line')
         from magic123.image_to_mesh import reconstruct, run_folder
-        with Watch(shell_console(quiet=not first())) as watch: _show(reconstruct(image, out or run_folder(image, recipe), given, overwrite, watch.say, watch.on_step), watch)
+        with Watch(shell_console(quiet=not first())) as watch: _show(lambda: reconstruct(image, out or run_folder(image, recipe), given, overwrite, watch.say, watch.on_step), watch)
     return run
 
 def resume(folder: tyro.conf.Positional[str], /, device: str | None = None, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
@@ -145,7 +151,7 @@ def resume(folder: tyro.conf.Positional[str], /, device: str | None = None, low_
         low_memory: Need less memory from now on: slower, the same result
     """
     from magic123.image_to_mesh import resume as go_on
-    with Watch(shell_console(quiet=not first())) as watch: _show(go_on(folder, watch.say, watch.on_step, device, low_memory), watch)
+    with Watch(shell_console(quiet=not first())) as watch: _show(lambda: go_on(folder, watch.say, watch.on_step, device, low_memory), watch)
 
 def learn(image: tyro.conf.Positional[str], /, out: str | None = None, word: str | None = None, steps: int | None = None, recipe: str = 'quick', device: str | None = None,
         overwrite: tyro.conf.FlagCreatePairsOff[bool] = False, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
@@ -165,7 +171,7 @@ def learn(image: tyro.conf.Positional[str], /, out: str | None = None, word: str
     given = ({} if device is None else {'device': device}) | ({'low_memory': True} if low_memory else {})
     with Watch(shell_console()) as watch:
         path = learn_word(image, out, recipe, word, steps, overwrite, watch.say, watch.on_step, **given)
-        watch.say(f'Learned: {path}\nUse it with `magic123 run {image}{"" if recipe == "quick" else f" --recipe {recipe}"} --prompt.learned-embeds {path}`')
+        watch.say(f'Learned: {path}\nUse it with `magic123 run {quote(image)}{"" if recipe == "quick" else f" --recipe {quote(recipe)}"} --prompt.learned-embeds {quote(str(path))}`')
 
 def render(folder: tyro.conf.Positional[str], /, views: int = 100, size: int = 800, polar: float | None = None, device: str | None = None):
     """Film a finished run again.
@@ -222,14 +228,14 @@ def weights(do: tyro.conf.Positional[Literal['list', 'fetch', 'verify']], names:
 
     Args:
         do: list, fetch, or verify
-        names: Which, as `list` calls them, or places on the hub; all that the recipes paper and official need, if not given
+        names: Which, as `list` calls them, or places on the hub; if not given, to fetch: all that the recipes paper and official need; to verify: all that was fetched
         full: Fetch full precision where there is a choice
     """
     from magic123.show import UserError
     from magic123.weights import SOURCES, fetch, listed, lock_file, read_lock, verify
     console, failed = shell_console(width=None if sys.stdout.isatty() else 240), []
     if do == 'list':
-        table = Table('', 'what for', 'GB', 'licence', 'from', 'here', box=None, pad_edge=False)
+        table = Table(Column(no_wrap=True), *(Column(o, overflow='fold') for o in ('what for', 'GB', 'licence', 'from', 'here')), box=None, pad_edge=False)
         locked = read_lock()
         for name, source, folder in listed():
             here = f'{folder}{"" if name in locked else " (not in the lock file)"}' if folder else 'no'
@@ -241,7 +247,8 @@ def weights(do: tyro.conf.Positional[Literal['list', 'fetch', 'verify']], names:
             except UserError as e: failed.append(e)
         if failed: raise UserError('\n'.join(e.message for e in failed), '\n'.join(e.hint for e in failed))
         return
-    for name, wrong in verify(names).items():
+    if not (found := verify(names)): return console.print('Nothing has been fetched here yet: `magic123 weights fetch`', highlight=False, soft_wrap=True)
+    for name, wrong in found.items():
         console.print(f'{name}: {"as fetched" if not wrong else "; ".join(wrong)}', highlight=False, soft_wrap=True)
         failed += wrong
     if failed: raise UserError(f'{len(failed)} files are not as {lock_file()} says', 'Delete them and fetch them again')
@@ -327,7 +334,7 @@ def findings() -> list[tuple[str, bool | None, str]]: # What; works, or None if 
 
 def doctor():
     "Say what was found on this machine, and how to get what is missing."
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = Table(Column(no_wrap=True), Column(no_wrap=True), Column(overflow='fold'), show_header=False, box=None, pad_edge=False)
     rows = findings()
     for what, works, said in rows: table.add_row({True: '[green]yes', False: '[red]no', None: '[yellow]-'}[works], what, escape(said), style=None)
     shell_console(width=None if sys.stdout.isatty() else 200).print(table)

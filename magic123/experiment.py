@@ -12,7 +12,7 @@ __all__ = ['JOB', 'PAGE_JOB', 'STRIP_VIEWS', 'STRIP_SIZE', 'Parameter', 'paramet
            'load_sheet', 'main']
 
 # %% ../nbs/61_experiment.ipynb #55c3f52c
-import ast, contextlib, difflib, hashlib, heapq, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
+import argparse, ast, contextlib, difflib, hashlib, heapq, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -1007,8 +1007,7 @@ def main(
     args: list[str] | None = None, # From the command line if None
 ):
     "Grids as rows: expand, do, keep"
-    from argparse import ArgumentParser
-    parser = ArgumentParser('python -m magic123.experiment', description=main.__doc__)
+    parser = argparse.ArgumentParser('python -m magic123.experiment', description=main.__doc__)
     of = parser.add_subparsers(dest='do', required=True)
     one = of.add_parser('expand', help='print a grid as jobs')
     one.add_argument('grids', nargs='+', help='YAML or Python files, or names of shipped ones; seed by seed over all of them')
@@ -1022,13 +1021,18 @@ def main(
     three = of.add_parser('keep', help='put rows into data/results')
     three.add_argument('name', help='of the experiment')
     three.add_argument('rows', nargs='+', help='JSON lines, or the table.parquet of `magic123 ablate`')
-    three.add_argument('--about', nargs='*', default=[], metavar='NAME=TEXT', help='such as gpu=... note=...')
+    three.add_argument('--about', nargs='*', default=[], type=_pair, metavar='NAME=TEXT', help='such as gpu=... note=...')
     given = parser.parse_args(args)
     if given.do == 'expand': return print(json.dumps(jobs(*given.grids), ensure_ascii=False))
-    if given.do == 'keep': return print(_keep(given.name, given.rows, dict(o.split('=', 1) for o in given.about)))
+    if given.do == 'keep': return print(_keep(given.name, given.rows, dict(given.about)))
     if given.processes == 1: return work(_read_jobs(given.jobs), given.out, given.claim, given.until, given.pictures, lambda text: print(text, flush=True))
     argv = ['rows', given.jobs, '--claim', given.claim, '--out', given.out, '--until', str(given.until), *(['--pictures', given.pictures] if given.pictures else [])]
     work_together(given.processes, argv, given.until)
+
+def _pair(text):
+    name, equals, value = text.partition('=')
+    if not equals: raise argparse.ArgumentTypeError(f'{text!r} is no NAME=TEXT')
+    return name, value
 
 def _keep(name, paths, about): # jobs that have left nothing but errors count as failed
     tables, lines = ([p for p in paths if p.endswith('.parquet') == kind] for kind in (True, False))
@@ -1047,4 +1051,10 @@ def _read_jobs(path): return json.loads(Path(path).read_text('utf-8')) if str(pa
 
 # %% ../nbs/61_experiment.ipynb #9ee85334
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    try: main()
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # else Python complains once more at its end
+    except Exception as e:
+        from magic123.show import UserError
+        if not isinstance(e, UserError): raise
+        sys.exit(f'Error: {e}')

@@ -110,7 +110,7 @@ def checked(
     except ValidationError as e:
         found = [_complaint(o, leaves(model)) for o in e.errors(include_url=False)]
         raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in dict.fromkeys(found)),
-            'See `magic123 run --help` for every setting, its range and its default') from e
+            'See `magic123 run --help` for every setting, its range and its default' if 'coarse' in model.model_fields else f'It may have {", ".join(model.model_fields)}') from e
 
 # %% ../nbs/50_recipe.ipynb #54804b65
 class CameraSettings(Settings):

@@ -193,7 +193,7 @@ def explore(
     orbit = Orbit({made[-1]: scene_of(folder, made[-1])}, _camera(folder), size)
     stage.observe(lambda change: orbit.set_trait('scenes', {change['new']: scene_of(folder, change['new'])}), 'value')
     traitlets.link((what, 'value'), (orbit, 'what'))
-    return widgets.VBox([widgets.HBox([stage, what]), orbit, widgets.HTML(_table({'': numbers_of(folder)}))])
+    return widgets.VBox([widgets.HBox([stage, what]), orbit, widgets.HTML('The mesh at the end:' + _table({'': numbers_of(folder)}))])
 
 # %% ../nbs/62_viewer.ipynb #1ccd7d93
 def _titles(folders):

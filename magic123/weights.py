@@ -742,7 +742,7 @@ def verify(
     "Compare what was fetched and what was converted with the lock file, byte by byte"
     locked = read_lock()
     if strange := [name for name in names if name not in locked]:
-        raise UserError(f'{strange[0]} was never fetched here', f'Choose among {", ".join(locked) or "nothing: fetch first"}')
+        raise UserError(f'{strange[0]} was never fetched here', f'What was: {", ".join(locked)}' if locked else 'Nothing was: `magic123 weights fetch`')
     def wrong(folder, file, was):
         if not (path := folder/file).is_file(): return f'{path} is gone'
         if path.stat().st_size != was['size'] or fingerprint(path) != was['sha256']: return f'{path} has changed'
@@ -847,7 +847,7 @@ def download(
                 break
     here = next((f'{folder} lacks {gone}' for folder in _locals(_places(place)) if (gone := lacks(folder, parts))), f'{place} is not on this machine')
     raise UserError(f'{here}, and the hub did not give it: {"; ".join(filter(None, why))}',
-        f'With a connection, `hf download {place}` fetches it (gigabytes); without, copy the folder here and give its path')
+        f'With a connection, `magic123 weights fetch {known_as(place) or place}` fetches it (gigabytes); without, copy the folder here and give its path')
 
 def _one(fetch, what, hint): # A file or a few, in one form only
     if why := no_hub(): raise UserError(f'{what} is not on this machine, and the hub cannot be asked: {why}', hint)

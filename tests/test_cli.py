@@ -50,7 +50,7 @@ BAD = {
     'truncated': (truncated, 'cannot be decoded'),
     'text': (lambda p: p.write_text('a picture of a bear'), 'is not a picture'),
     'one_pixel': (lambda p: Image.new('RGB', (1, 1)).save(p, 'PNG'), 'too small'),
-    'transparent': (lambda p: Image.new('RGBA', (64, 64), (255, 0, 0, 0)).save(p, 'PNG'), 'fully transparent')}
+    'transparent': (lambda p: Image.new('RGBA', (64, 64), (255, 0, 0, 0)).save(p, 'PNG'), 'transparent everywhere')}
 
 @pytest.mark.parametrize('name', BAD)
 def test_bad_picture(name, tmp_path, shell, short):

@@ -201,7 +201,7 @@ def test_offline_says_what_to_do(hub):
     hub.stop()
     for more in ({}, dict(HF_HUB_OFFLINE='1')):
         got = hub.run('weights', 'fetch', 'stable-diffusion-1.5', **more)
-        assert got.returncode == 2 and 'is not on this machine' in got.stderr and 'hf download stable-diffusion-v1-5/stable-diffusion-v1-5' in ' '.join(got.stderr.split()) and not any(word in got.stderr for word in ('Traceback', 'Retrying'))
+        assert got.returncode == 2 and 'is not on this machine' in got.stderr and 'magic123 weights fetch stable-diffusion-1.5' in ' '.join(got.stderr.split()) and not any(word in got.stderr for word in ('Traceback', 'Retrying'))
 
 def test_offline_asks_nobody(hub, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1'), monkeypatch.setenv('U2NET_HOME', str(hub.tmp/'u2net'))
