@@ -388,4 +388,9 @@ def main(
 
 # %% ../nbs/54_cli.ipynb #e2bf7792
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    code = main()
+    if 'LOCAL_RANK' in os.environ: # started by torchrun
+        from magic123.many_gpus import leave
+        leave(code)
+    sys.exit(code)

@@ -26,7 +26,7 @@ from .fast_priors import prior_speed
 from .hashgrid import BACKENDS, HashGrid, pick_backend
 from .image_to_mesh import for_team, make_nerf, pick_dtype, prior_folder, ready_device, ready_priors, versions
 from .joint_prior import JointPrior
-from .many_gpus import SAID_BY_TORCHRUN, join, own_gpu
+from .many_gpus import SAID_BY_TORCHRUN, join, leave, own_gpu
 from .nerf import NeRF
 from .optimise import Run
 from .preprocess import Reference, load_reference
@@ -819,4 +819,6 @@ def main(
 
 # %% ../nbs/63_speed.ipynb #9ee85334
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
+    leave(0)
