@@ -802,15 +802,17 @@ def main(
     parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'float16', 'bfloat16'])
     parser.add_argument('--low-memory', action='store_true')
     parser.add_argument('--occupied', type=float, default=None, help="make the toy so large that it fills this share of the grid's cells; the official code's numbers are for .02")
+    parser.add_argument('--gib', type=float, default=None, help='of GPU memory that may be taken, recordings and cache included: who needs more fails')
     parser.add_argument('--machine', default='', help='its name, where the file has numbers of several')
     parser.add_argument('--out', default='speed.json', help='file that the numbers are added to')
     args = parser.parse_args(argv)
     team, device = join(), own_gpu(args.device or default_device())
     usual = 'official' if device.type == 'cuda' else 'quick'
+    if args.gib and device.type == 'cuda': torch.cuda.set_per_process_memory_fraction(min(args.gib*2**30/torch.cuda.mem_get_info(device)[1], 1.), device)
     recipe = Recipe.load(args.recipe or usual)
     recipe = recipe.replace({'priors.speed': args.speed, 'priors.dtype': args.dtype, 'low_memory': args.low_memory})
     dtype = str(pick_dtype(args.dtype, device)).split('.')[-1]
-    setting = f'{device.type} {args.speed}' + f' {recipe.name}'*(recipe.name != usual) + f' {dtype}'*(args.dtype != 'auto') + ' low memory'*args.low_memory + (f' occupied {args.occupied:g}' if args.occupied else '') + f' {team.size} processes'*(team.size > 1) + f' ({args.machine})'*bool(args.machine)
+    setting = f'{device.type} {args.speed}' + f' {recipe.name}'*(recipe.name != usual) + f' {dtype}'*(args.dtype != 'auto') + ' low memory'*args.low_memory + (f' occupied {args.occupied:g}' if args.occupied else '') + (f' in {args.gib:g} GiB' if args.gib else '') + f' {team.size} processes'*(team.size > 1) + f' ({args.machine})'*bool(args.machine)
     path = args.out
     keep = lambda name, found: add_result(path, setting, name, found, about(device, recipe) | dict(dtype=dtype))
     parts = PARTS if 'all' in args.part else tuple(args.part)

@@ -768,7 +768,7 @@ def known_as(
 
 def _places(place):
     source = SOURCES.get(known_as(place))
-    if source is None or '@' in place: return [place]
+    if source is None or '@' in place or not source.sha256 and place != _split(source.place)[0]: return [place] # somebody else's conversion, if it is asked for by name
     all = source.place, *source.mirrors
     return sorted(all, key=lambda p: _split(p)[0] != place)
 
