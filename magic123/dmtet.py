@@ -261,15 +261,16 @@ def from_nerf(cls: DMTet,
     lower, upper = (object.amin(0) - margin).clamp(min=-1), (object.amax(0) + margin).clamp(max=1)
     scene = cls(nerf.field, resolution, tuple(lower.tolist()), tuple(upper.tolist()), backend=backend).to(device)
     x = scene.vertices.clamp(-1, 1)
-    density = density_at(nerf.field, x)
+    density, far = density_at(nerf.field, x), math.inf
+    if carve is not None: far = silhouette_distance(scene.vertices, photo.mask, photo.camera)/(2*scene.reach) + carve # how far inside what the photo shows, in cells
     if start == 'density':
-        scene.sdf.data = (density - threshold).clamp(-1, 1)
+        scene.sdf.data = (density - threshold).clamp(max=far).clamp(-1, 1)
         return scene
     level = density.clamp(min=1e-20).log() - math.log(threshold)
     cell = (((x + 1)/2*samples).long().clamp(max=samples-1)*torch.tensor([samples**2, samples, 1], device=device)).sum(-1)
     level = torch.where(inside[cell], level.abs() + .1, level)
     level = torch.where(outside[cell] | scene.border, -level.abs() - .1, level)
-    if carve is not None: level = level.minimum(silhouette_distance(scene.vertices, photo.mask, photo.camera)/(2*scene.reach) + carve)
+    level = level.clamp(max=far)
     if not (level > 0).any():
         raise UserError('The coarse stage left specks only', 'Train it longer (coarse.steps), or raise dmtet.resolution')
     scene.sdf.data = signed_distance(scene.vertices, level, scene.tets)
