@@ -8,8 +8,8 @@ __all__ = ['JOB', 'PAGE_JOB', 'STRIP_VIEWS', 'STRIP_SIZE', 'Parameter', 'paramet
            'smaller', 'gpus', 'worker_environments', 'slurm_cluster', 'own_cluster', 'connect', 'time_left', 'Board',
            'gather', 'write_table', 'run_grid', 'reconstruct_once', 'jobs', 'prompt_of', 'take', 'rows_in',
            'finished_rows', 'work', 'work_together', 'Results', 'save_results', 'in_order', 'load_results',
-           'whole_seeds', 'mean_and_margin', 'paired', 'over_seeds', 'with_spread', 'picture_sheet', 'save_sheet',
-           'load_sheet', 'main']
+           'whole_seeds', 'mean_and_margin', 'gaps', 'paired', 'over_seeds', 'with_spread', 'picture_sheet',
+           'save_sheet', 'load_sheet', 'main']
 
 # %% ../nbs/61_experiment.ipynb #55c3f52c
 import argparse, ast, contextlib, difflib, hashlib, heapq, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
@@ -897,16 +897,21 @@ def mean_and_margin(
     "A difference, and how large chance alone could have made it"
     return gaps.mean(), _margin(gaps.dropna() - gaps.mean(), gaps.count() - 1, 1/max(gaps.count(), 1))
 
-def paired(
+def gaps(
     table, # A `pandas.DataFrame` with columns object, seed, `by` and `column`
     by: str, # What is compared
     column: str,
     one, other, # Two of the values of `by`
+): # A `pandas.Series` by object and seed, of those that have both; None if either is missing
+    "How much more `other` has of the same object and seed"
+    wide = table.pivot_table(column, ['object', 'seed'], by)
+    return (wide[other] - wide[one]).dropna() if {one, other} <= {*wide} else None
+
+def paired(
+    table, by: str, column: str, one, other, # As for `gaps`
 ) -> tuple[float, float] | None: # How much more `other` has, and half of its 95 % confidence interval (NaN for one seed); None if either is missing
     "A difference for these very objects, which count alike, and how large chance alone could have made it: of the same object and seed, its spread over seeds within each object"
-    wide = table.pivot_table(column, ['object', 'seed'], by)
-    if not {one, other} <= {*wide}: return None
-    gap = (wide[other] - wide[one]).dropna()
+    if (gap := gaps(table, by, column, one, other)) is None: return None
     each = gap.groupby('object')
     return each.mean().mean(), _margin(gap - each.transform('mean'), len(gap) - each.ngroups, (1/each.size()).sum()/each.ngroups**2)
 

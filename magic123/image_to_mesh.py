@@ -678,10 +678,9 @@ def film(
     asked = {'export.turntable_views': views, 'export.turntable_size': size} | ({} if polar is None else {'camera.polar': polar})
     settings = job.recipe.replace(asked, 'film').camera
     mesh = load_mesh(finished(job).mesh).to(job.near(device))
-    camera = Camera.orbit(settings.polar, settings.azimuth, settings.radius, settings.fovy, size)
+    camera, photo = (Camera.orbit(c.polar, c.azimuth, c.radius, c.fovy, size) for c in (settings, job.recipe.camera))
     write_turntable(mesh, job.folder/'turntable.mp4', views, size, camera)
-    photo = job.recipe.camera
-    contact_sheet(mesh, job.folder/'contact_sheet.png', reference=Camera.orbit(photo.polar, photo.azimuth, photo.radius, photo.fovy, size))
+    contact_sheet(mesh, job.folder/'contact_sheet.png', reference=photo)
     return [job.folder/'turntable.mp4', job.folder/'contact_sheet.png']
 
 def export_mesh(
