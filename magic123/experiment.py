@@ -13,6 +13,7 @@ __all__ = ['JOB', 'PAGE_JOB', 'STRIP_VIEWS', 'STRIP_SIZE', 'Parameter', 'paramet
 
 # %% ../nbs/61_experiment.ipynb #55c3f52c
 import argparse, ast, contextlib, difflib, hashlib, heapq, importlib.util, io, itertools, json, math, os, re, shutil, socket, subprocess, sys, tempfile, time, tokenize, traceback, types, typing
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -196,12 +197,12 @@ def report(
 # %% ../nbs/61_experiment.ipynb #07500f72
 _ansi = re.compile(r'\x1b\[[0-9;]*m')
 
-def _call(run):
+def _call(run): # in a context of its own: Jupyter keeps an event loop there, which two threads must not inherit
     import papermill
     page = run.folder/'run.ipynb'
     _write(page, run.source)
     braces = str(page).replace('{', '{{').replace('}', '}}') # papermill formats the path
-    with _kernel() as how: papermill.execute_notebook(braces, braces, run.parameters | dict(out=str(run.folder)), resources=dict(metadata=dict(path=str(run.home))), **how)
+    with _kernel() as how: Context().run(papermill.execute_notebook, braces, braces, run.parameters | dict(out=str(run.folder)), resources=dict(metadata=dict(path=str(run.home))), **how)
 
 def execute(
     run: Run,

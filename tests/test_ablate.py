@@ -233,11 +233,13 @@ def test_a_worker_for_each_gpu(machine, tmp_path, monkeypatch):
 
 def test_somebody_elses_scheduler(machine, tmp_path):
     from distributed import LocalCluster
+    from jupyter_core.utils import ensure_event_loop
     class Board:
         running = []
         def say(self, text): pass
         def show(self, total, done, running, failed, seconds): self.running.append(running)
         def ended(self, run, record, words): pass
+    ensure_event_loop() # as after a notebook that this process has run before: two threads must not share its loop
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp', dashboard_address=None) as cluster:
         table = run_grid(dict(notebook=str(machine), parameters=dict(does='meet'), vary=dict(number=(1., 2.))), tmp_path/'out', cluster.scheduler_address, board=Board())
     assert list(table.doubled) == [2, 4] and Board.running[0] == 2, 'each of its threads does a run'
@@ -328,7 +330,10 @@ def test_two_batches_on_one_scheduler_do_not_share_their_runs(grid, tmp_path):
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp', dashboard_address=None) as cluster:
         both = [threading.Thread(target=run_grid, args=(path, home, cluster.scheduler_address)) for home in homes]
         for b in both: b.start()
-        while len(list(tmp_path.glob('?/*/kernel'))) < 2 or not all(home.is_dir() for home in homes): time.sleep(.1)
+        ends = time.time() + 200
+        while len(list(tmp_path.glob('?/*/kernel'))) < 2 or not all(home.is_dir() for home in homes):
+            assert time.time() < ends, 'it takes too long'
+            time.sleep(.1)
         time.sleep(2) # both have asked
         for home in homes: (home/'go').touch()
         for b in both: b.join(200)
