@@ -146,7 +146,7 @@ SPEEDS = 'plain', 'graphs', 'compiled'
 _places = WeakValueDictionary() # kept by the recordings there, and gone with the last of them
 
 def _shared_place(device):
-    if device.type == 'cuda': return _places.get(device) or _places.setdefault(device, Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)))
+    if device.type == 'cuda': return _places.get(device) or _places.setdefault(device, Place(torch.cuda.graph_pool_handle()))
 
 def forget_between(
     vae: nn.Module, # diffusers' AutoencoderKL, changed in place

@@ -808,7 +808,7 @@ def main(
     args = parser.parse_args(argv)
     team, device = join(), own_gpu(args.device or default_device())
     usual = 'official' if device.type == 'cuda' else 'quick'
-    if args.gib and device.type == 'cuda': torch.cuda.set_per_process_memory_fraction(min(args.gib*2**30/torch.cuda.mem_get_info(device)[1], 1.), device)
+    if args.gib and device.type == 'cuda': torch.cuda.set_per_process_memory_fraction(min(args.gib*2**30/torch.cuda.mem_get_info(device)[1], 1.), device.index)
     recipe = Recipe.load(args.recipe or usual)
     recipe = recipe.replace({'priors.speed': args.speed, 'priors.dtype': args.dtype, 'low_memory': args.low_memory})
     dtype = str(pick_dtype(args.dtype, device)).split('.')[-1]

@@ -266,8 +266,9 @@ class GroupNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (_, weight, bias, *_), (_, *wanted) = ctx.saved_tensors, ctx.needs_input_grad
-        dx, dw, db = _norm_back(dy, *ctx.saved_tensors, ctx.act)
+        kept, (_, *wanted) = ctx.saved_tensors, ctx.needs_input_grad # once: what is worked out again for it is gone then
+        _, weight, bias, *_ = kept
+        dx, dw, db = _norm_back(dy, *kept, ctx.act)
         return dx, dw.sum(0).to(weight.dtype) if wanted[0] else None, db.sum(0).to(bias.dtype) if wanted[1] else None, None, None, None
 
 # %% ../nbs/45_tiny_priors.ipynb #4583ccc1
@@ -532,9 +533,8 @@ def warm_up(
 
 @dataclass(eq=False)
 class Place:
-    "Where recordings write; PyTorch gives its memory up, for good, as the last of them goes"
-    pool: object # Of `torch.cuda.graph_pool_handle()`; None for memory of its own
-    stream: object # cuBLAS has a workspace for each, which recordings that run side by side must not share
+    "Memory that recordings write to; PyTorch gives it up, for good, as the last of them goes"
+    pool: object # Of `torch.cuda.graph_pool_handle()`
 
 def record(
     work: Callable[[], None], # Reads and writes tensors that stay where they are
@@ -543,9 +543,12 @@ def record(
 ) -> tuple[Callable[[], None], Place | None]: # Does it again, and its place
     "`work` as a CUDA graph; on a CPU `work` itself"
     if device.type != 'cuda': return work, None
-    graph, place = torch.cuda.CUDAGraph(), place or Place(None, torch.cuda.Stream(device))
-    with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode='thread_local'): work()
-    return graph.replay, Place(graph.pool(), place.stream)
+    graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces() # cuBLAS has one for each stream, and streams come round again: a recording must have its own
+    try:
+        with torch.cuda.graph(graph, pool=place and place.pool, stream=torch.cuda.Stream(device), capture_error_mode='thread_local'): work()
+    finally: torch._C._cuda_clearCublasWorkspaces()
+    return graph.replay, Place(graph.pool())
 
 def captured(
     step, # Draws its own batch, returns nothing
