@@ -34,7 +34,7 @@ from .recipe import Recipe
 from .sds import alphas_cumprod
 from .raster import rasterize, zbuffer_trouble
 from .shading import Shading, View
-from .show import UserError, atomic_write, data_folder, default_device, spent_ms
+from .show import UserError, atomic_write, data_folder, default_device, save_png, spent_ms
 from .stable_diffusion import LatentDiffusion, StableDiffusionPrior
 from .tets import marching_tets
 from .toybox import Toy, parse_toy
@@ -594,27 +594,33 @@ def start_up(
     recipe: Recipe,
     folder: str | Path, # Has `stable_diffusion` and `zero123`
     device: torch.device | str,
-    image: str = 'toybox:teddy_bear:900017',
+    photo: str | Path, # Of the toy
+    image: str = 'toybox:teddy_bear:900017', # The toy that a run has learned by the time it needs a mesh
 ) -> dict[str, float]: # Seconds
-    "Read both priors; the first steps of both stages, in which all is compiled and recorded"
+    "Read a photo and both priors; the first steps of both stages, in which all is compiled and recorded"
     device, began = ready_device(torch.device(device)), time.perf_counter()
-    reference, p, folder, out = load_reference(image).to(device), recipe.priors, Path(folder), {}
+    p, folder, out = recipe.priors, Path(folder), {}
     common = dict(device=device, dtype=pick_dtype(p.dtype, device), weighting=p.weighting)
     def lap(name):
         nonlocal began
         wait(device)
         out[name], began = round(time.perf_counter() - began, 2), time.perf_counter()
+    reference = load_reference(photo, device=device)
+    lap('photo')
     found = {'2d': StableDiffusionPrior.load(folder/'stable_diffusion', 'a photo of a small red bear', p.guidance_2d, **common),
         '3d': Zero123Prior.load(folder/'zero123', reference, p.guidance_3d, **common)}
     lap('load')
     prior, nerf = ready_priors(recipe, found), make_nerf(recipe).to(device)
     first_steps(recipe, 'coarse', nerf, reference, prior)
     lap('coarse')
-    scene = DMTet.from_nerf(fit_toy(nerf, parse_toy(image), *_fit_steps(device)), **recipe.dmtet.model_dump(), photo=reference) # a run has learned it by then
-    lap('(between)')
+    fit_toy(nerf, parse_toy(image), *_fit_steps(device))
+    lap('(toy)')
+    scene = DMTet.from_nerf(nerf, **recipe.dmtet.model_dump(), photo=reference)
+    lap('mesh')
     first_steps(recipe, 'fine', scene, reference, prior)
     lap('fine')
-    return {k: v for k, v in out.items() if k != '(between)'} | dict(ready=round(sum(out[k] for k in ('load', 'coarse', 'fine')), 2))
+    del out['(toy)']
+    return out | dict(ready=round(sum(out.values()), 2))
 
 def first_steps(recipe: Recipe, name: str, scene, reference: Reference, prior):
     "One step of each kind that a stage has, the first one first: a run begins with finding out which cells are empty"
@@ -663,9 +669,11 @@ def measure_start(
         caches = {k: f'{tmp}/{k}' for k in ('TRITON_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR', 'NUMBA_CACHE_DIR', 'CUDA_CACHE_PATH')}
         code = 'import sys, time; b = time.perf_counter(); import json, torch; from magic123.speed import Recipe, start_up; i = time.perf_counter() - b\n' \
             'print(json.dumps(dict(imports=round(i, 2), **start_up(Recipe.load(json.loads(sys.argv[1])), *sys.argv[2:]))))'
+        photo, view = Path(tmp)/'photo.png', parse_toy('toybox:teddy_bear:900017').render(Camera.orbit(height=512))
+        save_png(photo, torch.cat([view.rgb, view.alpha], -1))
         def once():
             began = time.perf_counter()
-            done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, json.dumps(recipe.model_dump()), str(folder), str(device)],
+            done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, json.dumps(recipe.model_dump()), str(folder), str(device), str(photo)],
                 env=_alone() | caches, capture_output=True, text=True)
             if done.returncode: raise UserError('Start-up failed: ' + (done.stderr.strip().splitlines() or ['?'])[-1], 'Try --part coarse first')
             return json.loads(done.stdout.splitlines()[-1]) | dict(process=round(time.perf_counter() - began, 2))

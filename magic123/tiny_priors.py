@@ -274,11 +274,11 @@ class GroupNormAct(torch.autograd.Function):
 # %% ../nbs/45_tiny_priors.ipynb #4583ccc1
 def group_norm(
     norm: nn.GroupNorm,
-    x: Tensor, # (N,C,H,W)
+    x: Tensor, # (N,C,H,W), or (N,C,L)
     act: bool, # SiLU afterwards
 ) -> Tensor:
     "Normalise and activate; in Triton where `fuse_norms` has said so"
-    if x.is_cuda and getattr(norm, 'fused', False):
+    if x.is_cuda and x.ndim == 4 and getattr(norm, 'fused', False):
         return GroupNormAct.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, act)
     x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(x) if act else x
