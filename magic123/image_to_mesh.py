@@ -699,7 +699,11 @@ def export_mesh(
         scene = final_scene(folder, device)
         vertices, faces = scene.mesh()
         mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
-    return [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
+    written = [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
+    if job.mesh in written and (job.folder/'metrics.json').is_file(): # the run's own mesh is another one now
+        metrics = finished(job).metrics | dict(mesh=mesh_report(mesh))
+        with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
+    return written
 
 # %% ../nbs/53_image_to_mesh.ipynb #53e00014
 TINY_WORD = dict(steps=150, lr=8e-3, batch=4, variants=16) # For tiny priors; all others are as `invert` has them

@@ -11,7 +11,7 @@ __all__ = ['BENCHMARK_SEED', 'HELD_OUT_SIZE', 'JUDGE_SEED', 'JUDGE_TEST_SEED', '
            'find_figure', 'table', 'rounded', 'main', 'plot_figures']
 
 # %% ../nbs/48_prior_figures.ipynb #b3852584
-import hashlib, json, math
+import hashlib, json, math, os, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -590,6 +590,8 @@ def main(
         with atomic_write(out.with_name(f'{out.stem}_{name}.jpg')) as path: figure.savefig(path, dpi=64, pil_kwargs=dict(quality=80, optimize=True))
         plt.close(figure)
     figures = rounded(measure_priors(priors, device, Measuring(**given), keep))
+    cuda = torch.device(device or default_device()).type == 'cuda'
+    figures['measured'] |= dict(date=time.strftime('%Y-%m-%d'), machine=torch.cuda.get_device_name() if cuda else f'{os.cpu_count()} cores')
     with atomic_write(out) as path: path.write_text(json.dumps(figures, indent=1) + '\n')
     return table(figures)
 
