@@ -971,7 +971,7 @@ def picture_sheet(
     if not objects: raise _user_error(f'{pictures} has pictures of no object by all of {", ".join(recipes)}', 'Say which recipes, or where the pictures are')
     toy = all(map(_is_toy, objects))
     titles, lines = (['photo', 'truth', *['']*(len(views) - 1)] if toy else []), []
-    for r in recipes: titles += [r.replace('λ = ', '').replace('λ', '').replace('∞', 'inf'), *['']*(len(views) - 1)] # its letters are Latin
+    for r in recipes: titles += [r, *['']*(len(views) - 1)]
     for o in objects:
         truth = _truth(o, views) if toy else []
         parts = [_cells(first[o, r], stages, views) for r in recipes]

@@ -11,6 +11,7 @@ __all__ = ['UserError', 'no_room', 'default_device', 'fast_dtype', 'load_numba',
 import errno, io, os, re, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -117,6 +118,11 @@ class Strip:
         return out.getvalue()
 
 # %% ../nbs/00_show.ipynb #920d6d5a
+@cache
+def _font(size): # matplotlib's, which has Greek letters and signs
+    import matplotlib
+    return ImageFont.truetype(Path(matplotlib.get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf', size)
+
 def strip(
     images, # A row of pictures, or a list of rows: each (H,W), (H,W,1) or (H,W,3) in [0,1]
     titles: list[str] | None = None, # A few words above each column
@@ -131,7 +137,7 @@ def strip(
     left = [sum(widths[:i]) + gap*i for i in range(len(widths))]
     top = 18 if titles else 0
     sheet = Image.new('RGB', (left[-1] + widths[-1], top + len(rows)*(height + gap) - gap), 'white')
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(sheet), _font(12)
     for x, w, title in zip(left, widths, titles or []): draw.text((x + w/2, 2), title, 'black', font, 'ma')
     for r, row in enumerate(rows):
         for x, o in zip(left, row): sheet.paste(o, (x, top + r*(height + gap)))
