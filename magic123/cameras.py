@@ -117,7 +117,8 @@ def project(self: Camera,
     points: Tensor, # (N,3), world
 ) -> tuple[Tensor, Tensor]: # Pixels, x to the right and y down: (N,2); depths: (N,)
     "Where `points` fall on the picture"
-    x, y, z = ((points - self.origin) @ self.c2w[:3, :3]).unbind(-1)
+    x, y, z = (points - self.origin)[..., None].unbind(-2)
+    x, y, z = (x*self.c2w[0, :3] + y*self.c2w[1, :3] + z*self.c2w[2, :3]).unbind(-1) # no matrix product, see 31_raster
     xy = torch.stack([x, -y], -1)/-z[..., None]*self.focal
     return xy + xy.new_tensor([self.width/2, self.height/2]), -z
 

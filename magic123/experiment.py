@@ -386,12 +386,15 @@ def smaller(
 # %% ../nbs/61_experiment.ipynb #10f7a92d
 def gpus() -> list[tuple[str, float]]: # Identity and free memory in GB of each
     "The GPUs that this process may use"
-    query = ['nvidia-smi', '--query-gpu=index,uuid,memory.free', '--format=csv,noheader,nounits']
+    query = ['nvidia-smi', '--query-gpu=index,uuid,memory.free,name', '--format=csv,noheader,nounits']
     try: lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError): return []
-    found = [[o.strip() for o in line.split(',')] for line in lines if line.strip()]
-    found = {index: (uuid, _gigabytes(free)) for index, uuid, free in found}
+    found = [[o.strip() for o in line.split(',', 3)] for line in lines if line.strip()]
+    alike = len({name for *_, name in found}) < 2
+    found = {index: (uuid, _gigabytes(free)) for index, uuid, free, _ in found}
     allowed = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if not alike and re.search(r'(^|,)\s*\d+\s*(,|$)', allowed or '') and os.environ.get('CUDA_DEVICE_ORDER') != 'PCI_BUS_ID':
+        raise _user_error(f'CUDA_VISIBLE_DEVICES={allowed} can mean two things: CUDA counts unlike GPUs from the fastest on, nvidia-smi by their places', 'Set CUDA_DEVICE_ORDER=PCI_BUS_ID too, or name them by identity (`nvidia-smi -L`)')
     return list(found.values()) if allowed is None else [_visible(name.strip(), found) for name in allowed.split(',') if name.strip() not in ('', '-1')]
 
 def _gigabytes(free): # some GPUs share the machine's memory, and nvidia-smi says [N/A]

@@ -34,7 +34,7 @@ from .export import TexturedMesh, contact_sheet, load_mesh, mesh_report, painted
 from .fast_priors import quicken
 from .hashgrid import pick_backend
 from .joint_prior import JointPrior
-from .many_gpus import Team, join, own_gpu
+from .many_gpus import Alone, Team, join, own_gpu
 from .nerf import NeRF
 from .optimise import Interrupted, load_scene, optimise
 from .preprocess import PICTURES, Reference, load_reference, read_image
@@ -349,8 +349,8 @@ def carry_on(
         write_metrics(job, mesh, reference, seconds, say, skipped=dict(coarse=coarse.skipped, fine=fine.skipped))
     team.alone(finish)
 
-class OutOfMemory(UserError):
-    "This process's memory is full; those that it works with may know nothing of it"
+class OutOfMemory(Alone):
+    "This process's memory is full"
 
 @contextmanager
 def enough_memory(
@@ -614,7 +614,7 @@ def one_by_one(
         try: results.append(work())
         except KeyboardInterrupt as e: raise Interrupted(f'{str(e).partition(chr(10))[0] or "Stopped"}\n{len(results)} of {len(tasks)} are done; the same command goes on, without --overwrite') from e
         except Exception as e: # not kept: it holds on to all the memory that its run had
-            if join().size > 1 and (isinstance(e, OutOfMemory) or not isinstance(e, UserError)): raise
+            if join().size > 1 and (isinstance(e, Alone) or not isinstance(e, UserError)): raise
             if isinstance(e, PermissionError): e = UserError(f'{e.filename or "A file"} may not be read or written: permission denied', 'Change its permissions, or choose another place')
             failed[path] = str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0]}\nRun it alone with --debug to see where'
     for path, text in failed.items(): say(f'{path} failed: {text}')

@@ -598,6 +598,7 @@ class NeRF(nn.Module):
         H, W, normals = camera.height, camera.width, normals or shading.needs_normals
         light, per_sample, parts = shading.towards(camera), normals and self.normals == 'density', []
         size = H*W if torch.is_grad_enabled() else 2**16 if device.type == 'cuda' else 2**13
+        if camera.c2w.is_cuda: _side(device).wait_stream(torch.cuda.current_stream(device)) # it may not be there yet
         with self._early() as kept:
             camera = camera.to(device)
             rays = [o.reshape(-1, 3) for o in camera.rays()]

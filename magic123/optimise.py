@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .cameras import Camera, sample_novel_camera
 from .joint_prior import side_by_side
 from .losses import depth_loss, mask_loss, normal_smooth_loss, normal_tv_loss, rgb_loss, without_edge
-from .many_gpus import Team, join
+from .many_gpus import Alone, Team, join
 from .recipe import NovelSettings, Stage
 from .sds import fork
 from .shading import Scene, Shading, ShadingSchedule, View, sample_shading
@@ -217,7 +217,8 @@ class Run:
 
     def save(self):
         "Write a checkpoint: one process for all"
-        if self.team.first: save_checkpoint(self.folder, self.tensors(), self.progress)
+        if self.team.first:
+            with self.team.by_itself(): save_checkpoint(self.folder, self.tensors(), self.progress)
 
     def restore(self, chance: bool = True) -> bool: # False if there is no checkpoint; without `chance` the generator goes on
         "Take up the newest checkpoint"
@@ -251,8 +252,9 @@ class Run:
         if self.ahead: self.adam.found_inf = (~good).float() # It decides when it gets there
         if self.ahead or good: self.adam.step()
         if numbers.is_cuda:
-            numbers, read = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True), torch.cuda.Event()
-            read.record()
+            here, read = torch.cuda.current_stream(numbers.device), torch.cuda.Event()
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            read.record(here)
         self.progress.step += 1
         self.pending.append((self.progress.step, list(found), numbers, read))
 
@@ -279,7 +281,7 @@ class Run:
         "One step, whole"
         step = self.progress.step
         self.scene.prepare(step, self.stage.steps, self.generator)
-        self.update(step_terms(self.scene, photo, prior, self.stage, novel, step, self.generator, self.team))
+        with self.team.by_itself(): self.update(step_terms(self.scene, photo, prior, self.stage, novel, step, self.generator, self.team))
         if self.average is not None and self.progress.step % self.stage.ema_interval == 0: self.take_average()
 
     def take_average(self):
@@ -311,7 +313,7 @@ class Run:
                 p.log_bytes = min(p.log_bytes, f.tell()) # it may have been deleted
                 f.truncate(p.log_bytes)
                 f.write(line.encode() + b'\n')
-        except OSError as e: raise UserError(f'Could not write {self.log}: {e.strerror}', 'Free some space and run `magic123 resume`') from e
+        except OSError as e: raise (UserError if self.team.size == 1 else Alone)(f'Could not write {self.log}: {e.strerror}', 'Free some space and run `magic123 resume`') from e
         p.log_bytes += len(line.encode()) + 1
 
 # %% ../nbs/51_optimise.ipynb #fc924c01
@@ -374,7 +376,7 @@ def optimise(
             done = run.progress.step
             if run.team.first and (last or done % stage.preview_interval == 0 and clock() - shown >= stage.preview_seconds):
                 shown = clock()
-                with atomic_write(run.folder/f'preview_{done:07d}.png') as tmp: preview(scene, photo.camera).image.save(tmp)
+                with run.team.by_itself(), atomic_write(run.folder/f'preview_{done:07d}.png') as tmp: preview(scene, photo.camera).image.save(tmp)
             for _, values in known if on_step else (): on_step(run.progress, values)
             if stop := run.team.agree(bool(asked)):
                 for step, values in run.read(): run.write_log(step, values, 1000*spent)

@@ -12,6 +12,7 @@ __all__ = ['OFFICIAL', 'PHASES', 'TCNN', 'PARTS', 'random_diffusion', 'random_pr
 
 # %% ../nbs/63_speed.ipynb #52ca3bf8
 import argparse, itertools, json, os, statistics, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -576,8 +577,11 @@ def measure_objects(
         with tempfile.TemporaryDirectory() as here:
             argv = [sys.executable, '-W', 'ignore', '-c', _OBJECT, json.dumps(recipe.model_dump()), str(device), here, str(count), str(steps)]
             workers = [subprocess.Popen(argv, env=_alone(), stdout=subprocess.PIPE, text=True) for _ in range(count)]
-            try: found = [_last_line(worker) for worker in workers]
-            finally: [worker.kill() for worker in workers] # those that wait for one that failed
+            with ThreadPoolExecutor(count) as pool: # whoever fails is heard at once: others wait for it
+                jobs = [pool.submit(_last_line, worker) for worker in workers]
+                try: [job.result() for job in as_completed(jobs)]
+                finally: [worker.kill() for worker in workers]
+            found = [job.result() for job in jobs]
         out[f'{count} at a time'] = {k: round(1000*max(f[k] for f in found)/(steps*count), 2) for k in ('coarse', 'fine')}
         if 'peak_reserved_gib' in found[0]: out[f'{count} at a time']['peak_reserved_gib'] = [f['peak_reserved_gib'] for f in found]
     return out

@@ -225,7 +225,7 @@ def program(path, text):
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 def test_a_worker_for_each_gpu(machine, tmp_path, monkeypatch):
-    program(tmp_path/'nvidia-smi', "echo '0, GPU-aa, 80000'; echo '1, GPU-bb, 80000'")
+    program(tmp_path/'nvidia-smi', "echo '0, GPU-aa, 80000, X1'; echo '1, GPU-bb, 80000, X1'")
     monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     table = run_grid(dict(notebook=str(machine), parameters=dict(does='meet'), vary=dict(number=(1., 2.))), tmp_path/'out', 'gpus')
