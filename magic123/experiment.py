@@ -297,8 +297,11 @@ def _located(value): # the same, wherever one stands
 
 def _matches(pattern):
     if pattern.startswith('toybox:'): return [pattern]
+    pattern = os.path.expanduser(pattern)
+    if Path(pattern).is_dir(): raise _user_error(f'{pattern} is a folder', f'Name its pictures, such as {pattern}/*.png')
     if '*' not in pattern: return [str(Path(pattern).resolve())] if Path(pattern).exists() else []
-    return sorted(str(p.resolve()) for p in (Path('/').glob(pattern[1:]) if Path(pattern).is_absolute() else Path().glob(pattern)))
+    from magic123.preprocess import is_photo
+    return sorted(str(p.resolve()) for p in filter(is_photo, Path('/').glob(pattern[1:]) if Path(pattern).is_absolute() else Path().glob(pattern)))
 
 def _images(objects): # of each, the settings that it needs
     found = {}
@@ -322,6 +325,8 @@ def _recipes(given):
 
 def _axes(grid, known): # Of each axis, its values: labels, parameters, settings
     images = _images(grid.objects)
+    for where in (grid.settings, *images.values(), *(changes for *_, changes in _recipes(grid.recipes))):
+        if 'seed' in where and 'settings' in known: raise _user_error('A grid has its seeds in `seeds`, and a `seed` stands elsewhere', f'Write `seeds: [{where["seed"]}]`')
     yield [(dict(object=name), dict(image=o), needs) for name, (o, needs) in zip(_objects(images), images.items())]
     yield [(dict(recipe=name), dict(recipe=base), changes) for name, base, changes in _recipes(grid.recipes)]
     yield [(dict(seed=s), dict(seed=s), {}) for s in grid.seeds]
@@ -330,7 +335,7 @@ def _axes(grid, known): # Of each axis, its values: labels, parameters, settings
 
 def _name(labels, key):
     words = [str(v) if k in ('object', 'recipe') else f'{k}={v}' for k, v in labels.items()]
-    return re.sub(r'[^\w.=+-]+', '_', '-'.join(words))[:120].strip('-_.') + f'-{key}'
+    return re.sub(r'[^\w.=+-]+', '_', '-'.join(words)).encode()[:120].decode(errors='ignore').strip('-_.') + f'-{key}'
 
 def _resolve(base, changes): # what differs from the base, and all of it
     recipe = base = Recipe.load(base)

@@ -6,17 +6,17 @@
 __all__ = ['FAMILIAR', 'FEW', 'TINY_WORD', 'versions', 'weight_files', 'weight_hashes', 'Job', 'alone_in', 'keep_reference',
            'kept_reference', 'prior_folder', 'knows_few_words', 'choose_prompt', 'wanted_priors', 'pick_dtype',
            'ready_priors', 'check_weights', 'load_priors', 'Result', 'peak_memory_gb', 'make_nerf', 'ready_device',
-           'carry_on', 'OutOfMemory', 'enough_memory', 'continue_run', 'write_files', 'write_metrics', 'finished',
-           'pictures_in', 'image_name', 'run_folder', 'run_names', 'check_folder', 'read_photo', 'begin_run',
-           'for_team', 'reconstruct', 'one_by_one', 'resume', 'coarse_scene', 'evaluate_coarse', 'final_scene', 'film',
-           'export_mesh', 'learn_word']
+           'carry_on', 'OutOfMemory', 'enough_memory', 'in_turn', 'continue_run', 'write_files', 'write_metrics',
+           'finished', 'pictures_in', 'image_name', 'run_folder', 'run_names', 'check_folder', 'read_photo',
+           'begin_run', 'for_team', 'reconstruct', 'one_by_one', 'resume', 'coarse_scene', 'evaluate_coarse',
+           'final_scene', 'film', 'export_mesh', 'learn_word']
 
 # %% ../nbs/53_image_to_mesh.ipynb #1bc636b6
-import hashlib, json, os, platform, re, shutil, sys, time
+import hashlib, json, os, platform, re, shutil, sys, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import quote
@@ -37,7 +37,7 @@ from .joint_prior import JointPrior
 from .many_gpus import Alone, Team, join, own_gpu
 from .nerf import NeRF
 from .optimise import Interrupted, load_scene, optimise
-from .preprocess import PICTURES, Reference, load_reference, read_image
+from .preprocess import PICTURES, Reference, is_photo, load_reference, read_image
 from .raster import pick_zbuffer
 from .recipe import PRESETS, Recipe, values
 from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, no_room, save_png, writing
@@ -368,6 +368,16 @@ def _smaller(job): # For a run: what it keeps, and how it can go on
     return (f'All up to the last checkpoint is kept. Continue with {how}; if that is not enough, begin again with less than --coarse.resolution {r.coarse.resolution}, '
         f'--fine.resolution {r.fine.resolution} or --dmtet.resolution {r.dmtet.resolution}')
 
+_turn = threading.RLock()
+
+def in_turn(f):
+    "One at a time in a process: loading a network changes, for a moment, what all others in it would make"
+    @wraps(f)
+    def waits(*args, **kwargs):
+        with _turn: return f(*args, **kwargs)
+    return waits
+
+@in_turn
 def continue_run(
     folder: str | Path, # A run folder with a reference
     say=print, # Told what was decided
@@ -411,6 +421,11 @@ def _perceptual(job, mesh, reference, say): # 'lpips' and 'clip', as far as thei
         job.save()
     return {k: v for k, v in evaluate_perceptual(mesh, reference, judges).items() if k != 'psnr'}
 
+def _seen(job, mesh, reference): # what is measured of a mesh
+    from magic123.metrics import evaluate_held_out, evaluate_reference
+    found = dict(reference=evaluate_reference(mesh, reference), mesh=mesh_report(mesh))
+    return found | dict(held_out=evaluate_held_out(mesh, job.toy)) if job.toy else found
+
 def write_metrics(
     job: Job,
     mesh: TexturedMesh,
@@ -420,10 +435,7 @@ def write_metrics(
     **more, # Also written
 ):
     "Write `metrics.json`, the last file of a run"
-    from magic123.metrics import evaluate_held_out, evaluate_reference
-    metrics = dict(reference=evaluate_reference(mesh, reference), mesh=mesh_report(mesh))
-    if job.toy: metrics['held_out'] = evaluate_held_out(mesh, job.toy)
-    metrics |= dict(seconds={k: round(v, 2) for k, v in seconds.items()}, peak_memory_gb=round(peak_memory_gb(), 3))
+    metrics = _seen(job, mesh, reference) | dict(seconds={k: round(v, 2) for k, v in seconds.items()}, peak_memory_gb=round(peak_memory_gb(), 3))
     if job.device.type == 'cuda': metrics['peak_gpu_memory_gb'] = round(torch.cuda.max_memory_allocated()/2**30, 3)
     if job.recipe.export.perceptual: metrics['reference'] |= _perceptual(job, mesh, reference, say) # after the peaks: its networks are no part of the method
     metrics |= dict(recipe=job.recipe.name, seed=job.recipe.seed, device=str(job.device), **more)
@@ -445,7 +457,7 @@ def pictures_in(
     folder: Path,
 ) -> list[Path]:
     "The photos in a folder, or where there are none, `rgba.png` in each folder below; depth pictures and masks beside them are not photos"
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.stem not in ('depth', 'mask') and not p.stem.endswith(('_depth', '_mask')))
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and is_photo(p))
     found = found or sorted(folder.glob('*/rgba.png'))
     if not found: raise UserError(f'There is no picture in {folder}', f'Give a picture, or a folder with some ({", ".join(PICTURES)}) or with folders that have an rgba.png')
     return found
@@ -458,7 +470,8 @@ def image_name(
     if str(image).startswith('toybox:'): return '_'.join(str(image).split(':')[1:])
     path = Path(image)
     if os.path.isdir(path): return path.resolve().name or 'image'
-    return path.resolve().parent.name if path.stem in ('rgba', 'image') else path.stem
+    name = path.resolve().parent.name if path.stem in ('rgba', 'image') else path.stem
+    return name.encode()[:180].decode(errors='ignore') # a folder's name has room for 255 bytes
 
 def run_folder(
     image, # A path, a toy's name, or a picture
@@ -568,6 +581,7 @@ def for_team(
     if team.first: say(f'{team.size} processes: {views["coarse.novel_views"]} novel views a step')
     return recipe.replace(views)
 
+@in_turn
 def reconstruct(
     image, # A path, a folder of pictures, 'toybox:family:seed', a PIL picture, or an array
     out: str | Path | None = None, # The run's folder; `runs/NAME-RECIPE` if None
@@ -579,7 +593,8 @@ def reconstruct(
 ) -> Result | list[Result]: # A list for a folder of pictures
     "A photo to a textured mesh"
     source, recipe = recipe, (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).replace(overrides)
-    out = Path(out) if out else run_folder(image, source if isinstance(source, (str, Path)) else recipe.name)
+    if isinstance(image, str): image = os.path.expanduser(image)
+    out = Path(out).expanduser() if out else run_folder(image, source if isinstance(source, (str, Path)) else recipe.name)
     if isinstance(image, (str, Path)) and os.path.isdir(image): return _each(pictures_in(Path(image)), out, recipe, overwrite, say, on_step)
     team = join()
     folder = team.alone(lambda: begin_run(image, out, for_team(recipe, team, say), overwrite, say).folder)
@@ -634,7 +649,7 @@ def resume(
 ) -> Result | list[Result]:
     "Continue what was stopped"
     folder, go_on = Path(folder), partial(continue_run, say=say, on_step=on_step, device=device, low_memory=low_memory)
-    runs = [folder] if (folder/'recipe.json').is_file() else sorted(p.parent for p in folder.glob('*/recipe.json'))
+    runs = [folder] if (folder/'recipe.json').is_file() else sorted(p.parent for p in folder.glob('*/recipe.json') if not p.parent.name.startswith('.'))
     if len(runs) < 2: return go_on((runs or [folder])[0])
     return one_by_one({run: partial(go_on, run) for run in runs}, say)
 
@@ -693,6 +708,7 @@ def export_mesh(
 ) -> list[Path]: # What was written
     "Write a run's mesh in other formats"
     job = Job.open(folder)
+    result = finished(job)
     asked = {'export.formats': formats, 'export.texture': texture, 'export.max_faces': max_faces, 'export.unlit': unlit}
     e = job.recipe.replace({k: v for k, v in asked.items() if v is not None}, 'export').export
     with torch.no_grad():
@@ -700,14 +716,15 @@ def export_mesh(
         vertices, faces = scene.mesh()
         mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
     written = [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
-    if job.mesh in written and (job.folder/'metrics.json').is_file(): # the run's own mesh is another one now
-        metrics = finished(job).metrics | dict(mesh=mesh_report(mesh))
+    if job.mesh in written: # the run's own mesh is another one now
+        metrics = result.metrics | _seen(job, mesh, kept_reference(job))
         with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
     return written
 
 # %% ../nbs/53_image_to_mesh.ipynb #53e00014
 TINY_WORD = dict(steps=150, lr=8e-3, batch=4, variants=16) # For tiny priors; all others are as `invert` has them
 
+@in_turn
 def learn_word(
     image, # A path, 'toybox:family:seed', a PIL picture, or an array
     out: str | Path | None = None, # A `.safetensors` file; `runs/NAME-word.safetensors` if None

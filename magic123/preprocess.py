@@ -6,7 +6,7 @@
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'PICTURES', 'MASKS', 'SURE', 'FULL', 'SHAPES', 'DEPTHS', 'MIN_OBJECT', 'open_image',
            'read_image', 'area_resize', 'grabcut_mask', 'local_rembg_model', 'local_mask_model', 'network_mask',
            'find_mask', 'Reference', 'reference_from_toy', 'bounding_box', 'square_window', 'take_window', 'read_depth',
-           'sibling_depth', 'local_depth_model', 'depth_inside', 'estimate_depth', 'load_reference']
+           'is_photo', 'sibling_depth', 'local_depth_model', 'depth_inside', 'estimate_depth', 'load_reference']
 
 # %% ../nbs/10_preprocess.ipynb #a6110d4d
 import io, os, re, warnings
@@ -298,7 +298,7 @@ def find_mask(
     "Which pixels are the object, and how sure"
     notes = [] if notes is None else notes
     alpha, rgb, model = rgba[..., 3].astype(np.float32)/255, rgba[..., :3], local_rembg_model()
-    if mask not in MASKS: return _mask_file(mask, alpha.shape, notes)
+    if mask not in MASKS: return _mask_file(Path(mask).expanduser(), alpha.shape, notes)
     opaque = (alpha > .5).mean()
     if mask == 'alpha' or mask == 'auto' and opaque <= FULL:
         notes.append("Mask: the picture's own transparency" if alpha.min() < 1 else 'Mask: the whole picture, for nothing in it is transparent')
@@ -435,6 +435,12 @@ def read_depth(
             'Give a depth of the same shape, or "none"')
     return 1 - cv2.resize(_levels(img, [], ''), size[::-1], interpolation=cv2.INTER_AREA)
 
+def is_photo(
+    path: Path,
+) -> bool:
+    "Whether a file is meant as a photo: no depth or mask beside one, nothing hidden"
+    return not path.name.startswith('.') and path.stem not in ('depth', 'mask') and not path.stem.endswith(('_depth', '_mask'))
+
 def sibling_depth(
     path: str | Path, # The photo
 ) -> Path | None:
@@ -499,9 +505,10 @@ MIN_OBJECT = 50 # Pixels of an object
 def _given_depth(depth, path, size, notes):
     "The depth that lies in a file, on the photo's own grid, if any is to be used"
     if str(depth).partition(':')[0] not in DEPTHS:
-        if not Path(depth).is_file(): raise UserError(f'There is no depth "{depth}"',
+        depth = Path(depth).expanduser()
+        if not depth.is_file(): raise UserError(f'There is no depth "{depth}"',
             f'Choose one of {", ".join(DEPTHS)}, "dpt:FOLDER", or a depth file')
-        notes.append(f'Depth: from {Path(depth).name}')
+        notes.append(f'Depth: from {depth.name}')
         return read_depth(depth, size, notes)
     beside = sibling_depth(path) if isinstance(path, (str, Path)) and depth in ('auto', 'sibling') else None
     if depth == 'sibling' and beside is None: raise UserError(f'There is no depth picture beside {_called(path)}',
