@@ -12,8 +12,8 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'normalise_latents', 'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler',
            'noise_weight', 'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d',
            'train_priors', 'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae',
-           'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'TrainingLog',
-           'train', 'measure', 'save_priors', 'model_card', 'load_priors']
+           'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'check_out',
+           'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
 
 # %% ../nbs/45_tiny_priors.ipynb #f10c7683
 import json, math, re, time
@@ -1074,6 +1074,13 @@ class Training:
 PARTS = {'vae': 5., 'priors': 12.} # And their shares of the time
 NETS = {'vae': ('vae',), 'priors': PARTS_2D + PARTS_3D}
 
+def check_out(
+    t, # A `Training`, or another with `out` and `resume`
+):
+    "Nobody loses what was trained before"
+    if (Path(t.out)/'state.json').exists() and not (t.resume and Path(t.resume).resolve() == Path(t.out).resolve()):
+        raise UserError(f'{t.out} holds networks from an earlier training', f'Go on from them with `--resume {t.out}`, or choose another --out')
+
 def _asked_for(part):
     asked = [*PARTS] if part == 'all' else ['priors' if p == 'latents' else p for p in part.split(',')]
     if unknown := set(asked) - set(PARTS): raise UserError(f'No part is called {", ".join(sorted(unknown))}', f'Choose from {", ".join(PARTS)} or all')
@@ -1089,6 +1096,7 @@ class TrainingLog:
 
 def train(t: Training) -> dict: # The state, as written to state.json
     "Train the parts asked for within `t.seconds`"
+    check_out(t)
     parts, a = _asked_for(t.part), MINIATURE if t.small else Architecture()
     weights, state = load_checkpoint(t.resume) if t.resume else ({}, {})
     if t.fresh:
