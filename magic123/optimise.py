@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .cameras import Camera, sample_novel_camera
 from .joint_prior import side_by_side
 from .losses import depth_loss, mask_loss, normal_smooth_loss, normal_tv_loss, rgb_loss, without_edge
-from .many_gpus import Alone, Team, join
+from .many_gpus import Team, join
 from .recipe import NovelSettings, Stage
 from .sds import fork
 from .shading import Scene, Shading, ShadingSchedule, View, sample_shading
@@ -307,13 +307,14 @@ class Run:
         if not self.team.first: return
         p = self.progress
         line = json.dumps(dict(stage=self.folder.name, step=step, **values, lr_scale=p.lr_scale, skipped=p.skipped, ms=round(ms, 1)))
-        try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, 'ab') as f:
-                p.log_bytes = min(p.log_bytes, f.tell()) # it may have been deleted
-                f.truncate(p.log_bytes)
-                f.write(line.encode() + b'\n')
-        except OSError as e: raise (UserError if self.team.size == 1 else Alone)(f'Could not write {self.log}: {e.strerror}', 'Free some space and run `magic123 resume`') from e
+        with self.team.by_itself():
+            try:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, 'ab') as f:
+                    p.log_bytes = min(p.log_bytes, f.tell()) # it may have been deleted
+                    f.truncate(p.log_bytes)
+                    f.write(line.encode() + b'\n')
+            except OSError as e: raise UserError(f'Could not write {self.log}: {e.strerror}', 'Free some space and run `magic123 resume`') from e
         p.log_bytes += len(line.encode()) + 1
 
 # %% ../nbs/51_optimise.ipynb #fc924c01

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .cameras import Camera
+from .cameras import Camera, exact_product
 from .hashgrid import INSTALL, pick_backend, trouble_with, trouble_with_triton
 from .show import UserError, jit, numba_threads
 
@@ -28,8 +28,7 @@ def to_screen(
     right, up, back, origin = camera.c2w[:3].unbind(1)
     to = torch.stack([camera.focal*right - camera.width/2*back, -camera.focal*up - camera.height/2*back, -back], 1)
     to, origin = (o.to(vertices.device, non_blocking=vertices.is_cuda) for o in (to, origin))
-    x, y, z = (vertices - origin)[..., None].unbind(1)
-    return x*to[0] + y*to[1] + z*to[2] # no matrix product: a GPU may do those with eleven bits, and half a pixel is lost
+    return exact_product(vertices - origin, to)
 
 # %% ../nbs/31_raster.ipynb #5835e594
 def edge_functions(

@@ -103,5 +103,6 @@ def test_objects_side_by_side(recipe_file):
     from magic123.recipe import Recipe
     from magic123.speed import measure_objects
     recipe = Recipe.load(recipe_file).replace({f'{stage}.weight_{d}d': 0. for stage in ('coarse', 'fine') for d in (2, 3)} | {'nerf.log2_entries': 13})
-    found = measure_objects(recipe, 'cpu', (1, 2), 4)
-    assert set(found) == {'1 at a time', '2 at a time'} and min(o[k] for o in found.values() for k in ('coarse', 'fine')) > 0
+    for count in (1, 2):
+        found = measure_objects(recipe, 'cpu', count, 4)
+        assert set(found) == {'coarse', 'fine'} and min(found.values()) > 0
