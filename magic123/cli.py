@@ -96,14 +96,17 @@ class Watch:
 # %% ../nbs/54_cli.ipynb #2438e2ab
 def _in_words(result):
     m = result.metrics
-    shape = f'Mesh: {result.mesh}' if result.mesh.is_file() else 'No mesh file was asked for'
+    film = (result.folder/'turntable.mp4').is_file()
+    if result.mesh.is_file(): shape = f'Mesh: {result.mesh}'
+    elif film: shape = f'{result.mesh} is gone; `magic123 export {quote(str(result.folder))} --format {result.mesh.suffix[1:]}` writes it again'
+    else: shape = 'No mesh file was asked for'
     lines = [f'{shape} ({m["mesh"]["faces"]} triangles)',
         f'Same view as the photo: PSNR {m["reference"]["psnr"]:.1f} dB, mask IoU {m["reference"]["mask_iou"]:.3f}']
     if 'held_out' in m: lines.append(f'Views never seen: PSNR {m["held_out"]["psnr"]:.1f} dB, mask IoU {m["held_out"]["mask_iou"]:.3f}')
     if skipped := {stage: n for stage, n in m.get('skipped', {}).items() if n}:
         lines.append('A loss was not finite, so that nothing was learned, in ' + ' and '.join(f'{n} {stage} steps' for stage, n in skipped.items()))
-    took, film = round(sum(m['seconds'].values())), 'a film, '*(result.folder/'turntable.mp4').is_file()
-    return '\n'.join(lines + [f'{took//60} min {took%60} s, {m["peak_memory_gb"]:.1f} GB; {film}pictures and all numbers are in {result.folder}'])
+    took = round(sum(m['seconds'].values()))
+    return '\n'.join(lines + [f'{took//60} min {took%60} s, {m["peak_memory_gb"]:.1f} GB; {"a film, "*film}pictures and all numbers are in {result.folder}'])
 
 def _show(work, watch):
     try: results = work()
@@ -142,16 +145,17 @@ def make_run(
         with Watch(shell_console(quiet=not first())) as watch: _show(lambda: reconstruct(image, out or run_folder(image, recipe), given, overwrite, watch.say, watch.on_step), watch)
     return run
 
-def resume(folder: tyro.conf.Positional[str], /, device: str | None = None, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
+def resume(folder: tyro.conf.Positional[str], /, device: str | None = None, threads: int | None = None, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
     """Continue a run that was stopped.
 
     Args:
-        folder: The run's folder, or a folder of runs
+        folder: The run's folder, or that of runs from a folder of photos: what had not begun begins
         device: auto, cpu, cuda or cuda:1; as before if not given
+        threads: CPU threads; as before if not given
         low_memory: Need less memory from now on: slower, the same result
     """
     from magic123.image_to_mesh import resume as go_on
-    with Watch(shell_console(quiet=not first())) as watch: _show(lambda: go_on(folder, watch.say, watch.on_step, device, low_memory), watch)
+    with Watch(shell_console(quiet=not first())) as watch: _show(lambda: go_on(folder, watch.say, watch.on_step, device=device, threads=threads, low_memory=low_memory), watch)
 
 def learn(image: tyro.conf.Positional[str], /, out: str | None = None, word: str | None = None, steps: int | None = None, recipe: str = 'quick', device: str | None = None,
         overwrite: tyro.conf.FlagCreatePairsOff[bool] = False, low_memory: tyro.conf.FlagCreatePairsOff[bool] = False):
@@ -262,7 +266,10 @@ def make_train_priors():
     def train_priors(training: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[either]]):
         """Train the tiny priors: the diffusion models, or the networks that give photos their mask and depth."""
         learn, save = (train, save_priors) if isinstance(training, Training) else (train_photos, save_networks)
-        learn(training)
+        try: learn(training)
+        except KeyboardInterrupt as e:
+            kept = (Path(training.out)/'state.json').is_file()
+            raise KeyboardInterrupt(f'Stopped. The parts that had ended are kept; go on with --resume {quote(str(training.out))} and that --out' if kept else 'Stopped before a part had ended: nothing is kept') from e
         shell_console().print(f'In the layout of the shipped ones: {save(training.out, Path(training.out)/"tiny")}', highlight=False, soft_wrap=True)
     return train_priors
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, field_validator
 from . import __version__
 from .recipe import Recipe, Settings, checked, setting, values
 
@@ -236,6 +236,12 @@ class Grid(Settings):
     settings: dict[str, Any] = setting({}, 'ours', "The recipe's settings that differ, in every run")
     vary: dict[str, tuple] = setting({}, 'ours', "Settings of the recipe, or the notebook's parameters -> values to try")
     parameters: dict[str, Any] = setting({}, 'ours', "The notebook's parameters, in every run")
+
+    @field_validator('vary')
+    @classmethod
+    def _some(cls, vary):
+        if empty := [name for name, tried in vary.items() if not tried]: raise ValueError(f'one value at least for {", ".join(empty)}')
+        return vary
 
 def _yaml(path):
     import yaml

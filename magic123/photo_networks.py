@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .cameras import Camera
 from .show import UserError, atomic_write, data_folder, default_device, fast_dtype, save_png
 from .stable_diffusion import Condition, LatentDiffusion
-from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, check_out, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, round_blocks, to_bytes, to_net
+from .tiny_priors import Job, Trainee, TrainingLog, VALIDATION_SEED, World, check_training, fit, fuse_norms, fused_norms_work, grid, load_weights, make_world, round_blocks, to_bytes, to_net
 from .toybox import SPLITS
 
 # %% ../nbs/46_photo_networks.ipynb #68977adf
@@ -740,7 +740,7 @@ def _asked_for(part):
 
 def train_photos(t: PhotoTraining) -> dict: # The state, as written to state.json
     "Train the parts asked for within `t.seconds`"
-    check_out(t)
+    check_training(t)
     parts = _asked_for(t.part)
     weights, state = load_checkpoint(t.resume) if t.resume else ({}, {})
     log, device = TrainingLog(state), torch.device(t.device or default_device())

@@ -6,7 +6,8 @@
 __all__ = ['MIN_SIDE', 'MAX_SIDE', 'PICTURES', 'MASKS', 'SURE', 'FULL', 'SHAPES', 'DEPTHS', 'MIN_OBJECT', 'open_image',
            'read_image', 'area_resize', 'grabcut_mask', 'local_rembg_model', 'local_mask_model', 'network_mask',
            'find_mask', 'Reference', 'reference_from_toy', 'bounding_box', 'square_window', 'take_window', 'read_depth',
-           'is_photo', 'sibling_depth', 'local_depth_model', 'depth_inside', 'estimate_depth', 'load_reference']
+           'is_photo', 'sibling_depth', 'local_depth_model', 'depth_inside', 'estimate_depth', 'files_beside',
+           'load_reference']
 
 # %% ../nbs/10_preprocess.ipynb #a6110d4d
 import io, os, re, warnings
@@ -502,9 +503,21 @@ def estimate_depth(
 DEPTHS = 'auto', 'sibling', 'dpt', 'tiny', 'none'
 MIN_OBJECT = 50 # Pixels of an object
 
+def _is_file(said, known): return str(said).partition(':')[0] not in known
+
+def files_beside(
+    source, # A photo, as for `load_reference`
+    mask: str | Path = 'auto', # As for `load_reference`
+    depth: str | Path = 'auto', # As for `load_reference`
+) -> list[Path]: # Those that are there
+    "The files that belong to a photo: its mask, its depth"
+    named = [Path(said).expanduser() for said, known in ((mask, MASKS), (depth, DEPTHS)) if _is_file(said, known)]
+    near = isinstance(source, (str, Path)) and not str(source).startswith('toybox:') and depth in ('auto', 'sibling') and sibling_depth(source)
+    return [p for p in (*named, near) if p and p.is_file()]
+
 def _given_depth(depth, path, size, notes):
     "The depth that lies in a file, on the photo's own grid, if any is to be used"
-    if str(depth).partition(':')[0] not in DEPTHS:
+    if _is_file(depth, DEPTHS):
         depth = Path(depth).expanduser()
         if not depth.is_file(): raise UserError(f'There is no depth "{depth}"',
             f'Choose one of {", ".join(DEPTHS)}, "dpt:FOLDER", or a depth file')

@@ -72,7 +72,7 @@ def _user_error(message, hint):
     from magic123.show import UserError # brings torch: two seconds that `--help` need not wait for
     return UserError(message, hint)
 
-_kinds = dict(int='a whole number', float='a number', bool='true or false', str='text', tuple='two numbers', model='a group such as {"steps": 100}')
+_kinds = dict(int='a whole number', float='a number', bool='true or false', string='text in quotes', dict='names with a value each', model='a group such as {"steps": 100}')
 
 def nearest(
     path: str, # A dotted path that does not exist
@@ -86,19 +86,35 @@ def nearest(
     same = [k for k in known if near and last(k) == near[0]]
     return max(same, key=lambda k: difflib.SequenceMatcher(None, path, k).ratio(), default='')
 
-def _complaint(error, fields):
-    path = '.'.join(p for p in error['loc'] if isinstance(p, str))
-    if error['type'] == 'extra_forbidden':
-        guess = nearest(path, fields)
-        return f'there is no setting {path}' + (f': did you mean {guess}?' if guess else '')
-    field, ctx = fields.get(path), error.get('ctx', {})
-    wants = [_kinds.get(error['type'].split('_')[0], '')] if error['type'].endswith(('_parsing', '_type')) else []
-    if error['type'] == 'tuple_type' and field is not None and Ellipsis in get_args(field.annotation): wants = ['a list such as ["glb", "obj"]']
-    if error['type'] == 'finite_number': wants = ['a finite number']
-    if error['type'] == 'literal_error': wants = [ctx['expected']]
-    if error['type'] == 'value_error': wants = [str(ctx['error'])]
-    if field is not None and allowed(field): wants.append(allowed(field))
-    return f'{path} is {error["input"]!r}; it must be {", ".join(filter(None, wants)) or error["msg"]}'
+def _wants(error, field): # What it must be, in words
+    kind, ctx = error['type'], error.get('ctx', {})
+    if kind == 'literal_error': return ctx['expected']
+    if kind == 'value_error': return str(ctx['error'])
+    if kind == 'finite_number': return 'a finite number'
+    if kind in ('tuple_type', 'missing'): return 'two numbers' if field is not None and 'float, float' in str(field.annotation) else 'a list in square brackets'
+    return _kinds.get(kind.split('_')[0], '') if kind.endswith(('_parsing', '_type', '_from_float')) else ''
+
+def _complaints(errors, fields): # One for each thing that is wrong, whatever else it might have been
+    found, deepest = {}, {}
+    for error in errors:
+        loc = [p for p in error['loc'] if '[' not in str(p)] # where several kinds would do, each is named
+        path = '.'.join(p for p in loc if isinstance(p, str))
+        if error['type'] == 'extra_forbidden':
+            guess = nearest(path, fields)
+            found[path, '', 0] = [f'there is no setting {path}' + (f': did you mean {guess}?' if guess else '')]
+            continue
+        field = fields.get(path)
+        wants = ', '.join(filter(None, (_wants(error, field), field is not None and allowed(field)))) or error['msg']
+        deep = len(loc) if len(loc) < len(error['loc']) else 0
+        deepest[path] = max(deep, deepest.get(path, 0))
+        found.setdefault((path, f'{path} is {error["input"]!r}; it must be ', deep), []).append(wants)
+    return [start + ' or '.join(dict.fromkeys(wants)) for (path, start, deep), wants in found.items() if deep == deepest.get(path, deep)]
+
+def _hint(model, errors):
+    fields = model.model_fields
+    if 'coarse' in fields: return 'See `magic123 run --help` for every setting, its range and its default'
+    if any(error['type'] == 'extra_forbidden' for error in errors): return f'It may have {", ".join(fields)}'
+    return '\n'.join(f'{name}: {fields[name].description}' for name in dict.fromkeys(error['loc'][0] for error in errors))
 
 def checked(
     model: type[Settings], # The kind of settings
@@ -108,9 +124,9 @@ def checked(
     "Make `model` from `data`, or tell the user all that is wrong with it"
     try: return model.model_validate(data)
     except ValidationError as e:
-        found = [_complaint(o, leaves(model)) for o in e.errors(include_url=False)]
-        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in dict.fromkeys(found)),
-            'See `magic123 run --help` for every setting, its range and its default' if 'coarse' in model.model_fields else f'It may have {", ".join(model.model_fields)}') from e
+        found = _complaints(e.errors(include_url=False), leaves(model))
+        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found),
+            _hint(model, e.errors(include_url=False))) from e
 
 # %% ../nbs/50_recipe.ipynb #54804b65
 class CameraSettings(Settings):

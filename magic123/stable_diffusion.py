@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAFE', 'VARIANTS', 'PARTS', 'WORDS', 'VIEWS', 'part_weights', 'broken_off', 'find_part', 'missing_parts', 'lacks',
            'find_folder', 'quiet', 'load_part', 'tiny_vae', 'tiny_unet', 'tiny_random', 'carry_gradient', 'fit_picture',
-           'follow_colours', 'Condition', 'LatentDiffusion', 'load_tokenizer', 'Words', 'install_token', 'view_weights',
-           'LatentPrior', 'StableDiffusionPrior']
+           'follow_colours', 'Condition', 'LatentDiffusion', 'load_tokenizer', 'Words', 'check_token', 'install_token',
+           'view_weights', 'LatentPrior', 'StableDiffusionPrior']
 
 # %% ../nbs/41_stable_diffusion.ipynb #7703adc9
 import json, re, weakref
@@ -387,6 +387,15 @@ class Words:
         return self.encoder(self.ids(texts))[0]
 
 # %% ../nbs/41_stable_diffusion.ipynb #73952b60
+def check_token(
+    token: str, # Its name
+    vector: Tensor, # What it means
+    width: int, # Of the text encoder
+):
+    "Say so if a text encoder cannot read a token"
+    if vector.shape != (width,):
+        raise UserError(f'The learned token {token} is {vector.numel()} wide, this text encoder {width}', 'A token only works with the Stable Diffusion that it was learned with')
+
 def install_token(
     words: Words, # Gets the token, in place
     token: str, # Its name, such as '<e>'
@@ -394,9 +403,7 @@ def install_token(
 ) -> int: # The token's number
     "Teach a text encoder one more word"
     table = words.encoder.get_input_embeddings().weight
-    if vector.shape != table.shape[1:]:
-        raise UserError(f'The learned token {token} is {vector.numel()} wide, this text encoder {table.shape[1]}',
-            'A token only works with the Stable Diffusion that it was learned with')
+    check_token(token, vector, table.shape[1])
     words.tokenizer.add_tokens(token)
     number = words.tokenizer.convert_tokens_to_ids(token)
     with quiet(): words.encoder.resize_token_embeddings(max(len(words.tokenizer), len(table)), mean_resizing=False)

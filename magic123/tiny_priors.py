@@ -12,14 +12,14 @@ __all__ = ['MINIATURE', 'SPECIAL', 'SIDES', 'SCHEDULE', 'PARTS_2D', 'PARTS_3D', 
            'normalise_latents', 'round_blocks', 'photograph', 'encode_world', 'caption_table', 'build_scheduler',
            'noise_weight', 'even_timesteps', 'denoising_loss', 'image_token', 'Encoded', 'loss_3d', 'loss_2d',
            'train_priors', 'ddim_sample', 'decode', 'novel_views', 'text_to_image', 'mean_psnr', 'evaluate_vae',
-           'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'check_out',
+           'evaluate_3d', 'grid', 'save_checkpoint', 'load_checkpoint', 'load_weights', 'Training', 'check_training',
            'TrainingLog', 'train', 'measure', 'save_priors', 'model_card', 'load_priors']
 
 # %% ../nbs/45_tiny_priors.ipynb #f10c7683
 import json, math, re, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -1074,10 +1074,14 @@ class Training:
 PARTS = {'vae': 5., 'priors': 12.} # And their shares of the time
 NETS = {'vae': ('vae',), 'priors': PARTS_2D + PARTS_3D}
 
-def check_out(
+def check_training(
     t, # A `Training`, or another with `out` and `resume`
 ):
-    "Nobody loses what was trained before"
+    "Numbers that make sense, and nobody loses what was trained before"
+    for f in fields(t):
+        value, least = getattr(t, f.name), int(f.type in (int, 'int') and f.name != 'workers')
+        if f.type in (int, float, 'int', 'float') and not least <= value < math.inf: raise UserError(f'--{f.name.replace("_", "-")} is {value}', f'Choose at least {least}')
+    if not getattr(t, 'share_3d', 0) <= 1: raise UserError(f'--share-3d is {t.share_3d}', 'Choose from 0 to 1')
     if (Path(t.out)/'state.json').exists() and not (t.resume and Path(t.resume).resolve() == Path(t.out).resolve()):
         raise UserError(f'{t.out} holds networks from an earlier training', f'Go on from them with `--resume {t.out}`, or choose another --out')
 
@@ -1096,7 +1100,7 @@ class TrainingLog:
 
 def train(t: Training) -> dict: # The state, as written to state.json
     "Train the parts asked for within `t.seconds`"
-    check_out(t)
+    check_training(t)
     parts, a = _asked_for(t.part), MINIATURE if t.small else Architecture()
     weights, state = load_checkpoint(t.resume) if t.resume else ({}, {})
     if t.fresh:

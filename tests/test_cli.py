@@ -136,7 +136,7 @@ def test_unknown_field_in_a_file(tmp_path, shell):
 
 @pytest.mark.parametrize('text, words', {
     '{"name": ["x"]}': 'holds no recipe', '{"recipe": 5}': 'holds no recipe', '{"coarse": 5}': 'coarse is 5; it must be a group such as',
-    '{"export": {"formats": "glb"}}': "export.formats is 'glb'; it must be a list such as", '{"seed": {"x": 1}}': 'there is no setting seed.x'}.items())
+    '{"export": {"formats": "glb"}}': "export.formats is 'glb'; it must be a list in square brackets", '{"seed": {"x": 1}}': 'there is no setting seed.x'}.items())
 def test_recipe_of_the_wrong_shape(text, words, tmp_path, shell):
     (tmp_path/'mine.json').write_text(text)
     code, said = shell('run', 'toybox:mug:900003', '--recipe', tmp_path/'mine.json', '--out', tmp_path/'out')
@@ -205,12 +205,15 @@ def test_no_files_asked_for_no_film_promised(tmp_path, shell, short):
     code, said = shell('run', tmp_path/'disc.png', '--recipe', short, '--out', tmp_path/'other')
     assert code == 0 and 'GB; a film, pictures and all numbers' in said
 
-def test_skipped_steps_are_in_the_closing_words():
+def test_closing_words(tmp_path):
     from magic123.cli import _in_words
     from magic123.image_to_mesh import Result
     m = dict(mesh=dict(faces=9), reference=dict(psnr=20., mask_iou=.9), seconds=dict(coarse=3.), peak_memory_gb=1.)
     assert 'not finite' not in _in_words(Result(Path('a'), Path('a/mesh.glb'), m | dict(skipped=dict(coarse=0, fine=0))))
     assert 'in 3 coarse steps' in _in_words(Result(Path('a'), Path('a/mesh.glb'), m | dict(skipped=dict(coarse=3, fine=0))))
+    assert 'No mesh file was asked for' in _in_words(Result(tmp_path, tmp_path/'mesh.glb', m))
+    (tmp_path/'turntable.mp4').touch()
+    assert f'mesh.glb is gone; `magic123 export {tmp_path} --format glb`' in _in_words(Result(tmp_path, tmp_path/'mesh.glb', m))
 
 def test_folder_with_other_things(tmp_path, shell, short):
     (tmp_path/'thesis.tex').write_text('years of work')
