@@ -439,15 +439,17 @@ def write_files(
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
     return mesh, time.perf_counter() - began
 
-def _perceptual(job, mesh, reference, say): # 'lpips' and 'clip', as far as their weights are here, and the official script's three; a note on what is missing
-    from magic123.perceptual import evaluate_perceptual, find_judges
+def _perceptual(job, mesh, reference, metrics, say): # Adds 'lpips' and 'clip', as far as their weights are here, and the official script's three; a note on what is missing
+    if not job.recipe.export.perceptual: return
+    from magic123.perceptual import evaluate_perceptual, find_judges, held_out_lpips
     missing = []
     judges = find_judges(job.device, say=missing.append)
     for text in missing: say(text)
     if missing:
         job.notes = list(dict.fromkeys([*job.notes, *missing]))
         job.save()
-    return {k: v for k, v in evaluate_perceptual(mesh, reference, judges).items() if k != 'psnr'}
+    metrics['reference'] |= {k: v for k, v in evaluate_perceptual(mesh, reference, judges).items() if k != 'psnr'}
+    if job.toy and judges.lpips: metrics['held_out']['lpips'] = held_out_lpips(mesh, job.toy, judges.lpips)
 
 def _seen(job, mesh, reference): # what is measured of a mesh
     from magic123.metrics import evaluate_held_out, evaluate_reference
@@ -465,7 +467,7 @@ def write_metrics(
     "Write `metrics.json`, the last file of a run"
     metrics = _seen(job, mesh, reference) | dict(seconds={k: round(v, 2) for k, v in seconds.items()}, peak_memory_gb=round(peak_memory_gb(), 3))
     if job.device.type == 'cuda': metrics['peak_gpu_memory_gb'] = round(torch.cuda.max_memory_allocated()/2**30, 3)
-    if job.recipe.export.perceptual: metrics['reference'] |= _perceptual(job, mesh, reference, say) # after the peaks: its networks are no part of the method
+    _perceptual(job, mesh, reference, metrics, say) # after the peaks: its networks are no part of the method
     metrics |= dict(recipe=job.recipe.name, seed=job.recipe.seed, device=str(job.device), **more)
     with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
 
@@ -781,7 +783,9 @@ def export_mesh(
         mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
     written = [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
     if job.mesh in written: # the run's own mesh is another one now
-        metrics = result.metrics | _seen(job, mesh, kept_reference(job))
+        photo = kept_reference(job)
+        metrics = result.metrics | _seen(job, mesh, photo)
+        _perceptual(job, mesh, photo, metrics, lambda text: None)
         with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
     return written
 

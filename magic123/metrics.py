@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['psnr', 'ssim', 'mask_iou', 'depth_error', 'surface_points', 'to_unit_box', 'chamfer', 'fscore', 'grid_points',
            'inside_mesh', 'volume_iou', 'syncdreamer_cameras', 'visible_points', 'syncdreamer_metrics', 'true_surface',
-           'evaluate_geometry', 'device_of', 'evaluate_reference', 'surface_of', 'evaluate_held_out']
+           'evaluate_geometry', 'device_of', 'evaluate_reference', 'surface_of', 'held_out_views', 'evaluate_held_out']
 
 # %% ../nbs/60_metrics.ipynb #5a8b989f
 import numpy as np
@@ -256,15 +256,23 @@ def surface_of(
     if hasattr(scene, 'surface'): return scene.surface
     return scene.mesh() if hasattr(scene, 'mesh') else None
 
+def held_out_views(
+    scene: Scene, # Or anything else with `render(camera)`
+    toy: Toy, # The truth
+    cameras: list[Camera] | None = None, # Where to look from; `held_out_cameras` at 256 pixels if None
+) -> list[tuple[View, View]]: # What is seen and what should be, on the CPU
+    "An object where nobody had looked"
+    draw = lambda cameras: [toy.render(c).to('cpu') for c in cameras]
+    truth = draw(cameras) if cameras else _remembered(toy, 'views', lambda: draw(held_out_cameras(256)))
+    return [(_look(scene, c), t) for c, t in zip(cameras or held_out_cameras(256), truth)]
+
 def evaluate_held_out(
     scene: Scene, # Or anything else with `render(camera)`
     toy: Toy, # The truth
     cameras: list[Camera] | None = None, # Where to look from; `held_out_cameras` at 256 pixels if None
 ) -> dict[str, float]: # Means of 'psnr', 'ssim', 'mask_iou', 'depth_error'; of a mesh also `evaluate_geometry`
     "How the object looks where nobody had looked, and how its shape compares"
-    draw = lambda cameras: [toy.render(c).to('cpu') for c in cameras]
-    truth = draw(cameras) if cameras else _remembered(toy, 'views', lambda: draw(held_out_cameras(256)))
-    pairs = [(_look(scene, c), t) for c, t in zip(cameras or held_out_cameras(256), truth)]
+    pairs = held_out_views(scene, toy, cameras)
     scores = dict(psnr=[psnr(a.rgb, b.rgb) for a, b in pairs], ssim=[ssim(a.rgb, b.rgb) for a, b in pairs],
         mask_iou=[mask_iou(a.alpha, b.alpha) for a, b in pairs])
     scores = {k: float(np.mean(v)) for k, v in scores.items()} | dict(depth_error=float(np.nanmean([depth_error(a, b) for a, b in pairs])))

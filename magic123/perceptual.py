@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LPIPS_SIZE', 'ALEXNET', 'CLIP', 'official_frame', 'official_photo', 'LPIPS', 'load_lpips', 'ClipEyes',
-           'clip_similarity', 'Judges', 'find_judges', 'film_cameras', 'evaluate_perceptual']
+           'clip_similarity', 'Judges', 'find_judges', 'film_cameras', 'evaluate_perceptual', 'held_out_lpips']
 
 # %% ../nbs/64_perceptual.ipynb #906a20c1
-import importlib.util, io
+import importlib.util, io, itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .cameras import Camera
-from .metrics import device_of, psnr
+from .metrics import device_of, held_out_views, psnr
 from .preprocess import Reference, area_resize
 from .shading import Scene
 from .show import UserError, to_uint8
+from .toybox import Toy
+from .weights import SOURCES, on_disk
 
 # %% ../nbs/64_perceptual.ipynb #6517c550
 def official_frame(
@@ -45,7 +47,7 @@ def official_photo(
 
 # %% ../nbs/64_perceptual.ipynb #efbf2a77
 LPIPS_SIZE = 224 # Pixels a side (official code)
-ALEXNET = 'alexnet-owt-7be5be79.pth' # In torch's hub folder, from https://download.pytorch.org/models/
+ALEXNET = SOURCES['lpips'].files[0] # In torch's hub folder, where `magic123 weights fetch lpips` puts it
 _convolutions = {0: (3, 64, 11, 4, 2), 3: (64, 192, 5, 1, 2), 6: (192, 384, 3, 1, 1), 8: (384, 256, 3, 1, 1), 10: (256, 256, 3, 1, 1)} # as torchvision counts them
 
 class LPIPS(nn.Module):
@@ -83,7 +85,7 @@ def load_lpips(
 ) -> LPIPS:
     "LPIPS with the weights that are on this machine"
     trunk, heads = Path(torch.hub.get_dir())/'checkpoints'/ALEXNET, heads or _heads_file()
-    if not trunk.is_file(): raise UserError(f'LPIPS is left out: there is no {trunk}', f'Get it once: https://download.pytorch.org/models/{ALEXNET}')
+    if not trunk.is_file(): raise UserError(f'LPIPS is left out: there is no {trunk}', f'Get it once (0.2 GB): `magic123 weights fetch lpips`, or {SOURCES["lpips"].place}')
     if heads is None: raise UserError("LPIPS is left out: its channels' weights come with torchmetrics, which is not installed", 'pip install torchmetrics')
     read = lambda path: torch.load(path, map_location='cpu', weights_only=True)
     model, trunk, heads = LPIPS(), read(trunk), read(heads)
@@ -92,7 +94,7 @@ def load_lpips(
     return model.to(device)
 
 # %% ../nbs/64_perceptual.ipynb #506908f3
-CLIP = 'laion/CLIP-ViT-bigG-14-laion2B-39B-b160k' # official code
+CLIP = SOURCES['clip'].place.partition('@')[0] # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k (official code)
 
 class ClipEyes:
     "CLIP's image tower: pictures to unit vectors"
@@ -105,15 +107,17 @@ class ClipEyes:
     ) -> 'ClipEyes':
         "CLIP with the weights that are on this machine"
         from magic123.stable_diffusion import quiet
+        missing = UserError(f'CLIP-similarity is left out: {source} is not on this machine', 'Get it once (10 GB): `magic123 weights fetch clip`, or name a folder')
+        home = on_disk('clip') if source == CLIP else source # one that is pinned, the hub's library may not find by its name
+        if home is None: raise missing
         with quiet():
             from transformers import CLIPConfig, CLIPVisionModelWithProjection
             try:
-                whole = CLIPConfig.from_pretrained(source, local_files_only=True)
+                whole = CLIPConfig.from_pretrained(home, local_files_only=True)
                 whole.vision_config.projection_dim = whole.projection_dim
-                model, found = CLIPVisionModelWithProjection.from_pretrained(source, config=whole.vision_config, local_files_only=True, output_loading_info=True)
-            except (OSError, ValueError) as e:
-                raise UserError(f'CLIP-similarity is left out: {source} is not on this machine', f'Get it once (10 GB): hf download {CLIP}, or name a folder') from e
-        if found['missing_keys']: raise UserError(f'CLIP-similarity is left out: {source} lacks {len(found["missing_keys"])} tensors, such as {sorted(found["missing_keys"])[0]}', 'Download it again')
+                model, found = CLIPVisionModelWithProjection.from_pretrained(home, config=whole.vision_config, local_files_only=True, output_loading_info=True)
+            except (OSError, ValueError) as e: raise missing from e
+        if found['missing_keys']: raise UserError(f'CLIP-similarity is left out: {source} lacks {len(found["missing_keys"])} tensors, such as {sorted(found["missing_keys"])[0]}', 'Fetch it again')
         return cls(model.eval().requires_grad_(False).to(device))
 
     @torch.no_grad()
@@ -151,7 +155,6 @@ def find_judges(
         except UserError as e: found.append(say(str(e)))
     return Judges(*found)
 
-
 def _scores(judges, photo, frames): # of pictures that are all alike prepared; the first frame is the photo's view
     first = next(frames)
     out = dict(psnr=psnr(first, photo))
@@ -181,6 +184,17 @@ def evaluate_perceptual(
     "The paper's three numbers"
     photo, device = reference.to('cpu').at(size), device_of(scene)
     look = lambda camera: scene.render(camera.to(device)).rgb.to('cpu')
-    cameras = film_cameras(photo, views if judges.clip else 1)
-    plain = _scores(judges, photo.rgb, (look(c) for c in cameras))
-    return plain | dict(official=_scores(judges, official_photo(photo, size), (official_frame(look(c)) for c in cameras)))
+    first, *cameras = film_cameras(photo, views if judges.clip else 1)
+    front = look(first)
+    film = lambda: itertools.chain([front], map(look, cameras))
+    plain = _scores(judges, photo.rgb, film())
+    return plain | dict(official=_scores(judges, official_photo(photo, size), map(official_frame, film())))
+
+def held_out_lpips(
+    scene: Scene, # Or anything else with `render(camera)`
+    toy: Toy, # The truth
+    lpips: Callable[[Tensor, Tensor], float], # Such as `LPIPS`
+    cameras: list[Camera] | None = None, # Where to look from; `held_out_cameras` at 256 pixels if None
+) -> float: # 0 is best
+    "Mean LPIPS where nobody had looked"
+    return float(np.mean([lpips(view.rgb, truth.rgb) for view, truth in held_out_views(scene, toy, cameras)]))

@@ -22,7 +22,7 @@ import torch
 from psutil import pid_exists
 from torch import Tensor
 from .show import UserError, atomic_write, no_room
-from .stable_diffusion import PARTS, SAFE, VARIANTS, _first_line, _tokenizer, find_part, lacks, missing_parts, part_weights, quiet
+from .stable_diffusion import PARTS, SAFE, VARIANTS, _files, _first_line, _tokenizer, find_part, lacks, missing_parts, part_weights, quiet
 from .zero123 import CLIP_MEAN, CLIP_STD, ZERO123_PARTS
 
 # %% ../nbs/47_weights.ipynb #6035df01
@@ -209,27 +209,32 @@ def empty_model(
     with quiet(), torch.device('meta'):
         return kind.from_config(config) if hasattr(kind, 'from_config') else kind(kind.config_class(**config))
 
+def _named(names, old=str): # five at most, as the file calls them; and as the part does, if that is something else
+    both = {old(name): name for name in sorted(names, reverse=True)}
+    some = [was if was.endswith(name) else f'{was} (here {name})' for was, name in sorted(both.items())[:5]]
+    return f'{len(both)} weight{"s"[:len(both) - 1]}: {", ".join(some)}' + f' and {len(both) - 5} more'*(len(both) > 5)
+
 def check_names(
     where: str, # Of what, for the error: 'x.ckpt: the unet'
     wanted: dict[str, Tensor],
     found: dict[str, Tensor],
+    old: Callable[[str], str] = str, # What the file calls a weight, for the error
 ) -> None:
-    "An error that names what is missing, what has no place, and what has another shape"
+    "An error that names what is missing, what has no place, and what has another shape: up to five"
     shapes = lambda tensors: {re.sub(r'^(text_model|vision_model)\.', '', name): tuple(t.shape) for name, t in tensors.items()}
     wanted, found = shapes(wanted), shapes(found)
     odd = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
     for names, what in ((wanted.keys() - found.keys(), 'lacks'), (found.keys() - wanted.keys(), 'has no place for'), (odd, 'has another shape in')):
-        if names: raise UserError(f'{where} {what} {len(names)} weights, such as {min(names)}', _damaged)
+        if names: raise UserError(f'{where} {what} {_named(names, old)}', _damaged)
 
 def check_placed(
     where: str, # Of what, for the error
     old: dict[str, Tensor],
     new: dict[str, Tensor], # The same tensors, renamed or looked at otherwise
 ) -> None:
-    "An error that names what a renaming left behind; tensors are told apart by where they lie in memory"
+    "An error that names what a renaming left behind, up to five; tensors are told apart by where they lie in memory"
     kept = {t.data_ptr() for t in new.values()}
-    if lost := [name for name, t in old.items() if t.numel() and t.data_ptr() not in kept]:
-        raise UserError(f'{where} has no place for {len(lost)} weights, such as {lost[0]}', _damaged)
+    if lost := [name for name, t in old.items() if t.numel() and t.data_ptr() not in kept]: raise UserError(f'{where} has no place for {_named(lost)}', _damaged)
 
 def write_part(
     folder: Path, # Of this part
@@ -237,14 +242,53 @@ def write_part(
     kind: type, # A class of diffusers or transformers
     config: dict,
     tensors: dict[str, Tensor], # By the names of `kind`
+    old: Callable[[str], str] = str, # What the file calls a weight, for errors
 ) -> None:
     "A part of a prior, as `load_part` reads it"
     from safetensors.torch import save_file
     model = empty_model(kind, config)
-    check_names(where, model.state_dict(), tensors)
+    check_names(where, model.state_dict(), tensors, old)
     save_config, name = (model.save_config, SAFE[0]) if hasattr(model, 'save_config') else (model.config.save_pretrained, SAFE[1])
     with quiet(): save_config(folder)
     save_file({weight: t.contiguous() for weight, t in tensors.items()}, folder/f'{name}.safetensors', {'format': 'pt'})
+
+# %% ../nbs/47_weights.ipynb #8cb0c2d1
+def _old_unet(name, config): # diffusers' name; one that is none of its stays as it is
+    levels, step = len(config['block_out_channels']), config['layers_per_block'] + 1
+    home = {'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2', 'conv_norm_out': 'out.0',
+        'conv_out': 'out.2', 'mid_block.resnets.0': 'middle_block.0', 'mid_block.attentions.0': 'middle_block.1', 'mid_block.resnets.1': 'middle_block.2'}
+    for l in range(levels):
+        for j in range(step):
+            down, up = f'input_blocks.{1 + l*step + j}', f'output_blocks.{l*step + j}'
+            home |= {f'down_blocks.{l}.resnets.{j}': f'{down}.0', f'down_blocks.{l}.attentions.{j}': f'{down}.1',
+                f'up_blocks.{l}.resnets.{j}': f'{up}.0', f'up_blocks.{l}.attentions.{j}': f'{up}.1'}
+        looks = config['up_block_types'][l].startswith('CrossAttn')
+        home |= {f'down_blocks.{l}.downsamplers.0.conv': f'input_blocks.{(l + 1)*step}.0.op',
+            f'up_blocks.{l}.upsamplers.0.conv': f'output_blocks.{l*step + step - 1}.{1 + looks}.conv'}
+    inner = dict(norm1='in_layers.0', conv1='in_layers.2', norm2='out_layers.0', conv2='out_layers.3', time_emb_proj='emb_layers.1',
+        conv_shortcut='skip_connection')
+    start = next((start for start in home if name.startswith(start + '.')), None)
+    if start is None: return name
+    rest = name[len(start) + 1:]
+    if '.resnets.' in start: rest = '.'.join(inner.get(word, word) for word in rest.split('.'))
+    return f'{home[start]}.{rest}'
+
+def _old_vae(name, config):
+    attention = {'group_norm': 'norm', 'to_q': 'q', 'to_k': 'k', 'to_v': 'v', 'to_out.0': 'proj_out'}
+    levels = len(config['block_out_channels'])
+    name = re.sub(r'up_blocks\.(\d+)', lambda m: f'up.{levels - 1 - int(m[1])}', name).replace('down_blocks.', 'down.')
+    name = re.sub(r'mid_block\.resnets\.(\d+)', lambda m: f'mid.block_{int(m[1]) + 1}', name).replace('mid_block.attentions.0', 'mid.attn_1')
+    for new, was in (('.resnets.', '.block.'), ('samplers.0.conv', 'sample.conv'), ('conv_shortcut', 'nin_shortcut'), ('conv_norm_out', 'norm_out'),
+        *(attention.items() if '.attn_1.' in name else ())): name = name.replace(new, was)
+    return name
+
+def _old_clip(name, outer): # transformers' name, without 'text_model.' or 'vision_model.'
+    new = {after: before for before, after in (outer | _layer).items()}
+    parts = re.fullmatch(r'encoder\.layers\.(\d+)\.(.+)\.(weight|bias)', name)
+    if not parts: return new.get(name, name)
+    layer, what, kind = parts.groups()
+    return f'transformer.resblocks.{layer}.' + (f'attn.in_proj_{kind}' if re.fullmatch(r'self_attn\.[qkv]_proj', what) else f'{new.get(what, what)}.{kind}')
+
 
 # %% ../nbs/47_weights.ipynb #451ac49b
 _spare = re.compile('|'.join((r'(sqrt_|log_|posterior_).*', r'(sqrt_)?(one_minus_)?(alphas|betas)(_.*)?', 'logvar', 'lvlb_weights', 'scale_factor',
@@ -274,7 +318,7 @@ def averaged_unet(
     average = {name: t for name, t in below(tensors, 'model_ema.').items() if name not in ('decay', 'num_updates')}
     if not average: return live
     short = {name: 'diffusion_model' + name.replace('.', '') for name in live}
-    check_names(f'{path}: the average', {short[name]: t for name, t in live.items()}, average)
+    check_names(f'{path}: the average', {short[name]: t for name, t in live.items()}, average, 'model_ema.{}'.format)
     return {name: average[short[name]] for name in live}
 
 def _answers(kind, path):
@@ -295,35 +339,48 @@ def _schedule(prediction_type, tensors, path):
         raise UserError(f'{path} was trained with another noise schedule than Stable Diffusion', 'It cannot be used here')
     return schedule
 
-def _text_encoder(kind, tensors):
-    from transformers import CLIPTextModel
-    if kind == 'sd2': t, act = text_tower(below(tensors, 'cond_stage_model.model.')), 'gelu'
-    else: t, act = below(tensors, 'cond_stage_model.transformer.'), 'quick_gelu'
-    t = {name: x for name, x in t.items() if not name.endswith('.position_ids')}
-    return 'text_encoder', CLIPTextModel, text_config(t, act), t
+@contextmanager
+def _what_is_missing(path, old=str): # `old`: what the file calls it
+    try: yield
+    except (KeyError, IndexError, ValueError) as e: raise UserError(f'{path} lacks {old(str(e.args[0])) if isinstance(e, KeyError) else "a part of the model"}', _damaged) from e
 
-def _image_encoder(tensors):
+def _text_encoder(kind, tensors, path):
+    from transformers import CLIPTextModel
+    prefix = 'cond_stage_model.model.' if kind == 'sd2' else 'cond_stage_model.transformer.'
+    old = lambda name: prefix + (_old_clip(name, _words) if kind == 'sd2' else f'text_model.{name}')
+    found = {name: x for name, x in below(tensors, prefix).items() if not name.endswith('.position_ids')}
+    with _what_is_missing(path, old):
+        t, act = (text_tower(found), 'gelu') if kind == 'sd2' else (found, 'quick_gelu')
+        return 'text_encoder', CLIPTextModel, text_config(t, act), t, old
+
+def _image_encoder(tensors, path):
     from transformers import CLIPVisionModelWithProjection
-    t = image_tower(below(tensors, 'cond_stage_model.model.visual.'))
-    return 'image_encoder', CLIPVisionModelWithProjection, image_config(t), t
+    prefix = 'cond_stage_model.model.visual.'
+    old = lambda name: prefix + _old_clip(name, _sight | {'proj': 'visual_projection.weight'})
+    with _what_is_missing(path, old):
+        t = image_tower(below(tensors, prefix))
+        return 'image_encoder', CLIPVisionModelWithProjection, image_config(t), t, old
 
 def _unet(kind, tensors, path, size):
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-    old = averaged_unet(tensors, path)
-    config = unet_config(old, size) | (dict(upcast_attention=True) if kind == 'sd2' and size == 96 else {}) # else fp16 overflows; as published
-    new = convert_ldm_unet_checkpoint(_under('model.diffusion_model.', old), config)
-    check_placed(f'{path}: the unet', old, new)
-    return 'unet', UNet2DConditionModel, config, new
+    found = _under(prefix := 'model.diffusion_model.', averaged_unet(tensors, path))
+    with _what_is_missing(path, prefix.__add__):
+        config = unet_config(below(found, prefix), size) | (dict(upcast_attention=True) if kind == 'sd2' and size == 96 else {}) # else fp16 overflows; as published
+        new = convert_ldm_unet_checkpoint(dict(found), config)
+    check_placed(f'{path}: the unet', found, new)
+    return 'unet', UNet2DConditionModel, config, new, lambda name: prefix + _old_unet(name, config)
 
 def _vae(tensors, path, size):
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    old = {name: t for name, t in below(tensors, 'first_stage_model.').items() if not name.startswith(('loss.', 'model_ema.'))}
-    config = vae_config(old, size)
-    new = convert_ldm_vae_checkpoint(_under('first_stage_model.', old), config)
-    check_placed(f'{path}: the vae', old, new)
-    return 'vae', AutoencoderKL, config, new
+    prefix = 'first_stage_model.'
+    found = {name: t for name, t in tensors.items() if name.startswith(prefix) and not name.startswith((f'{prefix}loss.', f'{prefix}model_ema.'))}
+    with _what_is_missing(path, prefix.__add__):
+        config = vae_config(below(found, prefix), size)
+        new = convert_ldm_vae_checkpoint(dict(found), config)
+    check_placed(f'{path}: the vae', found, new)
+    return 'vae', AutoencoderKL, config, new, lambda name: prefix + _old_vae(name, config)
 
 def _write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,12 +413,6 @@ def new_folder(
         part.rename(path)
     finally: shutil.rmtree(part, ignore_errors=True)
 
-@contextmanager
-def _what_is_missing(path):
-    try: yield
-    except (KeyError, IndexError, ValueError) as e:
-        raise UserError(f'{path} lacks {e.args[0] if isinstance(e, KeyError) else "a part of the model"}', _damaged) from e
-
 def convert(
     path: str | Path, # A whole model in one file: .ckpt or .safetensors
     folder: str | Path, # Where to
@@ -376,14 +427,14 @@ def convert(
     answers, size = _answers(kind, path)
     schedule = _schedule(answers, tensors, path)
     if strange := [name for name in tensors if not name.startswith(_known[kind]) and not _spare.fullmatch(name)]:
-        raise UserError(f'{path} holds {len(strange)} weights that no such model has, such as {strange[0]}', 'Take the checkpoint from where it was published')
-    encoder = (lambda: _image_encoder(tensors)) if kind == 'zero123' else (lambda: _text_encoder(kind, tensors))
+        raise UserError(f'{path} holds what no such model has, {_named(strange)}', 'Take the checkpoint from where it was published')
+    encoder = (lambda: _image_encoder(tensors, path)) if kind == 'zero123' else (lambda: _text_encoder(kind, tensors, path))
     steps = lambda: _unet(kind, tensors, path, size), lambda: _vae(tensors, path, size), encoder
     index = {'_class_name': 'Zero1to3StableDiffusionPipeline' if kind == 'zero123' else 'StableDiffusionPipeline', 'scheduler': ['diffusers', 'DDIMScheduler']}
     with new_folder(folder) as home, _what_is_missing(path):
         for step in steps:
-            name, model, config, t = step()
-            write_part(home/name, f'{path}: the {name}', model, config, t)
+            name, model, config, t, old = step()
+            write_part(home/name, f'{path}: the {name}', model, config, t, old)
             index[name] = [model.__module__.split('.')[0], model.__name__]
         if kind == 'zero123':
             _write_projection(home/'cc_projection', tensors, path)
@@ -418,49 +469,15 @@ def write_tokenizer(
         words.save_pretrained(folder)
 
 # %% ../nbs/47_weights.ipynb #9563209a
-def _ldm_unet(state, levels, layers):
-    step = layers + 1
-    home = {'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2', 'conv_norm_out': 'out.0',
-        'conv_out': 'out.2', 'mid_block.resnets.0': 'middle_block.0', 'mid_block.attentions.0': 'middle_block.1', 'mid_block.resnets.1': 'middle_block.2'}
-    for l in range(levels):
-        for j in range(step):
-            down, up = f'input_blocks.{1 + l*step + j}', f'output_blocks.{l*step + j}'
-            home |= {f'down_blocks.{l}.resnets.{j}': f'{down}.0', f'down_blocks.{l}.attentions.{j}': f'{down}.1',
-                f'up_blocks.{l}.resnets.{j}': f'{up}.0', f'up_blocks.{l}.attentions.{j}': f'{up}.1'}
-        looks = any(name.startswith(f'up_blocks.{l}.attentions.') for name in state)
-        home |= {f'down_blocks.{l}.downsamplers.0.conv': f'input_blocks.{(l + 1)*step}.0.op',
-            f'up_blocks.{l}.upsamplers.0.conv': f'output_blocks.{l*step + layers}.{1 + looks}.conv'}
-    inner = dict(norm1='in_layers.0', conv1='in_layers.2', norm2='out_layers.0', conv2='out_layers.3', time_emb_proj='emb_layers.1',
-        conv_shortcut='skip_connection')
-    def old(name):
-        start = next(start for start in home if name.startswith(start + '.'))
-        rest = name[len(start) + 1:]
-        if '.resnets.' in start: rest = '.'.join(inner.get(word, word) for word in rest.split('.'))
-        return f'{home[start]}.{rest}'
-    return {old(name): t for name, t in state.items()}
-
-def _ldm_vae(state, levels):
-    attention = {'group_norm': 'norm', 'to_q': 'q', 'to_k': 'k', 'to_v': 'v', 'to_out.0': 'proj_out'}
-    def old(name):
-        name = re.sub(r'up_blocks\.(\d+)', lambda m: f'up.{levels - 1 - int(m[1])}', name).replace('down_blocks.', 'down.')
-        name = re.sub(r'mid_block\.resnets\.(\d+)', lambda m: f'mid.block_{int(m[1]) + 1}', name).replace('mid_block.attentions.0', 'mid.attn_1')
-        for new, was in (('.resnets.', '.block.'), ('samplers.0.conv', 'sample.conv'), ('conv_shortcut', 'nin_shortcut'), ('conv_norm_out', 'norm_out'),
-            *(attention.items() if '.attn_1.' in name else ())): name = name.replace(new, was)
-        return name
+def _ldm_vae(state, config):
     square = lambda name, t: t[..., None, None] if re.search(r'attn_1\.(q|k|v|proj_out)\.weight', name) else t
-    return {name: square(name, t) for name, t in ((old(name), t) for name, t in state.items())}
+    return {name: square(name, t) for name, t in ((_old_vae(name, config), t) for name, t in state.items())}
 
 def _ldm_clip(state, outer):
-    new = {after: before for before, after in (outer | _layer).items()}
     out = {}
-    for name, t in state.items():
-        name = re.sub(r'^(text_model|vision_model)\.', '', name)
-        parts = re.fullmatch(r'encoder\.layers\.(\d+)\.(.+)\.(weight|bias)', name)
-        home = parts and f'transformer.resblocks.{parts[1]}'
-        if parts and '_proj' in parts[2] and 'out' not in parts[2]: out.setdefault(f'{home}.attn.in_proj_{parts[3]}', {})[parts[2][-6]] = t
-        elif parts: out[f'{home}.{new[parts[2]]}.{parts[3]}'] = t
-        else: out[new[name]] = t
-    return {name: torch.cat([t[q] for q in 'qkv']) if isinstance(t, dict) else t for name, t in out.items()}
+    for name, t in state.items(): out.setdefault(_old_clip(re.sub(r'^(text_model|vision_model)\.', '', name), outer), {})[name] = t
+    thirds = lambda parts: [t for q in 'qkv' for name, t in parts.items() if f'.{q}_proj.' in name]
+    return {old: torch.cat(thirds(parts)) if '.in_proj_' in old else parts.popitem()[1] for old, parts in out.items()}
 
 def _tiny_clip(kind):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -507,9 +524,8 @@ def old_names(
     average: float | None = None, # Also write `model_ema`, the UNet's weights times this
 ) -> dict[str, Tensor]:
     "A model's weights under the names of the code that trained it"
-    depth = lambda model: len(model.config['block_out_channels'])
-    unet = _ldm_unet(models['unet'].state_dict(), depth(models['unet']), models['unet'].config['layers_per_block'])
-    vae = _ldm_vae(models['vae'].state_dict(), depth(models['vae']))
+    unet = {_old_unet(name, models['unet'].config): t for name, t in models['unet'].state_dict().items()}
+    vae = _ldm_vae(models['vae'].state_dict(), models['vae'].config)
     means = {} if average is None else {'decay': torch.tensor(.9999), 'num_updates': torch.tensor(5),
         **{'diffusion_model' + name.replace('.', ''): t*average for name, t in unet.items()}}
     tables = {'alphas_cumprod': _schedule('epsilon', {}, '').alphas_cumprod.clone(), 'betas': torch.zeros(1000), 'sqrt_recip_alphas_cumprod': torch.zeros(1000)}
@@ -634,7 +650,7 @@ class Source:
     mirrors: tuple[str, ...] = () # Places with the same files
     variant: str = '' # Which of `VARIANTS` to fetch first
     parts: dict[str, bool] | None = None # A prior's, as for `find_folder`
-    files: tuple[str, ...] = () # Names of the files, if it isn't a prior
+    files: tuple[str, ...] = () # Names of the files, if it isn't a prior; 'a|b': one of them, an index with what it names
     sha256: dict[str, str] = field(default_factory=dict) # File -> how its fingerprint begins
     needed: bool = False # By the recipes `paper` and `official`
 
@@ -650,8 +666,8 @@ SOURCES = {
         f'vae/diffusion_pytorch_model{_half}': '4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c',
         f'text_encoder/model{_half}': '77795e2023adcf39bc29a884661950380bd093cf0750a966d473d1718dc9ef4e'}),
     'zero123-105000': Source('3D prior of the paper', 'kxic/zero123-105000', 5., 'MIT', parts=ZERO123_PARTS, variant='bin', needed=True),
-    'depth': Source("depth of the photo, the paper's network", 'Intel/dpt-beit-large-512', 1.4, 'MIT', needed=True,
-        files=('config.json', 'preprocessor_config.json', 'model.safetensors')),
+    'depth': Source("depth of the photo, the paper's network", 'Intel/dpt-beit-large-512@ead58c150f1fcebca5de8edc0fbc80a947572243', 1.4, 'MIT', needed=True,
+        files=('config.json', 'preprocessor_config.json', 'model.safetensors'), sha256={'model.safetensors': '1b8f53dd5004a5c8f33ddf8998803fcf566bfb40b8d189531ac4946d488a7364'}),
     'cutout': Source('cutting the photo out, with rembg', 'https://github.com/danielgatis/rembg/releases/download/v0.0.0/isnet-general-use.onnx', .18, 'Apache-2.0', needed=True,
         files=('isnet-general-use.onnx',), sha256={'isnet-general-use.onnx': '60920e99c45464f2ba57bee2ad08c919a52bbf852739e96947fbb4358c0d964a'}),
     'zero123-xl': Source('3D prior, trained on Objaverse-XL', 'bennyguo/zero123-xl-diffusers@ae385edfaf74c677408f96bd04b513483bd326ac', 2.5, 'MIT',
@@ -662,9 +678,9 @@ SOURCES = {
         ('stabilityai/stable-diffusion-2-1-base',), 'fp16', PARTS),
     'tokenizer': Source("words' table for checkpoints of Stable Diffusion in one file", 'openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41', .004, 'MIT',
         files=('vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json')),
-    'clip': Source('CLIP, to measure likeness', 'openai/clip-vit-large-patch14', 1.7, 'MIT',
-        files=('config.json', 'preprocessor_config.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json', 'special_tokens_map.json', 'model.safetensors')),
-    'lpips': Source('AlexNet, to measure LPIPS with the package lpips', 'https://download.pytorch.org/models/alexnet-owt-7be5be79.pth', .24, 'BSD-3-Clause',
+    'clip': Source("CLIP-similarity, the official script's network", 'laion/CLIP-ViT-bigG-14-laion2B-39B-b160k@743c27bd53dfe508a0ade0f50698f99b39d03bec', 10.2, 'MIT',
+        files=('config.json', 'model.safetensors|model.safetensors.index.json|pytorch_model.bin.index.json')),
+    'lpips': Source('AlexNet, to measure LPIPS', 'https://download.pytorch.org/models/alexnet-owt-7be5be79.pth', .24, 'BSD-3-Clause',
         files=('alexnet-owt-7be5be79.pth',), sha256={'alexnet-owt-7be5be79.pth': '7be5be79'})}
 
 def fingerprint(
@@ -685,8 +701,15 @@ def read_lock() -> dict: # Name of a source -> place, commit, folder, licence, f
     except FileNotFoundError: return {}
     except ValueError as e: raise UserError(f'{lock_file()} cannot be read: {e}', 'Delete it; what lies on the disk is then trusted as it is') from e
 
+def _form(folder, names): # of 'a|b' the first that is there and whole: its files
+    for file in filter(Path.is_file, map(folder.joinpath, names.split('|'))):
+        named = _files(file) if '.index.' in file.name else [file]
+        if named and all(f.is_file() for f in named): return sorted({file, *named})
+    return []
+
 def _files_of(folder, source):
-    names = source.files or [f'{part}/*' for parts in source.parts for part in parts.split('|')] if source else ['*/*']
+    if source and source.files: return sorted(f for names in source.files for f in _form(folder, names))
+    names = [f'{part}/*' for parts in source.parts for part in parts.split('|')] if source else ['*/*']
     return sorted(f for name in names for f in folder.glob(name) if f.is_file())
 
 def _fingerprints(folder, files): return {str(f.relative_to(folder)): dict(size=f.stat().st_size, sha256=fingerprint(f)) for f in files}
@@ -764,7 +787,7 @@ def known_as(
 ) -> str | None: # A name in `SOURCES`
     "Which source a place belongs to"
     repo = place.partition('@')[0]
-    return next((name for name, source in SOURCES.items() if repo in (_split(p)[0] for p in (source.place, *source.mirrors)) and source.parts), None)
+    return next((name for name, source in SOURCES.items() if repo in (_split(p)[0] for p in (source.place, *source.mirrors))), None)
 
 def _places(place):
     source = SOURCES.get(known_as(place))
@@ -815,7 +838,7 @@ def on_disk(
 ) -> Path | None: # The folder; some of it may be pickled
     "Where weights lie on this machine, complete; nothing is fetched"
     source = SOURCES.get(name)
-    whole = lambda folder: all((folder/file).is_file() for file in source.files) if source and source.files else _complete(folder, parts or source.parts)
+    whole = lambda folder: all(_form(folder, names) for names in source.files) if source and source.files else _complete(folder, parts or source.parts)
     if source and source.place.startswith('https:'): places = [_url_folder(source)]
     else: places = _locals([source.place, *source.mirrors] if source else _places(name), '@' in name)
     return next((folder for folder in places if whole(folder)), None)
@@ -918,6 +941,17 @@ def fetch_url(
 # %% ../nbs/47_weights.ipynb #1aa03d48
 def _half_only(folder, parts): return any(part_weights(part)[1] for name in parts if (part := find_part(folder, *name.split('|'))))
 
+def _with_shards(file): # an index, and what it may name
+    whole = Path(file.removesuffix('.index.json'))
+    return [file, f'{whole.stem}-*{whole.suffix}'] if whole.name != file else [file]
+
+def _by_name(folder): # a commit is found by the hub's library if one asks for its repository, unless another has been fetched so
+    main = folder.parent.parent/'refs'/'main'
+    if folder.parent.name == 'snapshots' and not main.exists():
+        main.parent.mkdir(exist_ok=True)
+        main.write_text(folder.name)
+    return folder
+
 def _get(name, source, full):
     if source.parts: return download(source.place.partition('@')[0], source.parts, tuple(dict.fromkeys(('' if full else source.variant, *VARIANTS, 'bin'))))
     if source.place.startswith('https:'):
@@ -927,14 +961,19 @@ def _get(name, source, full):
         return folder
     from huggingface_hub import snapshot_download
     repo, commit = _split(source.place)
-    return _one(lambda: snapshot_download(repo, revision=commit, allow_patterns=list(source.files)), repo,
-        f'With a connection, `magic123 weights fetch {name}` fetches it')
+    for i in range(1 + max(names.count('|') for names in source.files)): # each form, until one is there
+        asked = [file for names in source.files for file in _with_shards(names.split('|')[i if '|' in names else 0])]
+        folder = _one(lambda: snapshot_download(repo, revision=commit, allow_patterns=asked), repo, f'With a connection, `magic123 weights fetch {name}` fetches it')
+        if all(_form(folder, names) for names in source.files): return _by_name(folder)
+    gone = next(names for names in source.files if not _form(folder, names))
+    raise UserError(f'{source.place} lacks {gone.replace("|", " or ")}, or a file that it names', 'Try again; if it was published anew, give a folder of your own')
 
 def fetch(
-    name: str, # In `SOURCES`, or a prior's place on the hub
+    name: str, # In `SOURCES`, or a place on the hub
     full: bool = False, # In full precision, where there is a choice
 ) -> Path: # Where it lies: for a prior, a folder that can be loaded
     "Fetch weights unless they are here, and write their fingerprints to the lock file"
+    if name not in SOURCES and (known := known_as(name)) and SOURCES[known].files: name = known
     source = SOURCES.get(name)
     if source is None:
         if '/' not in name: raise UserError(f'There are no weights called {name!r}', f'Choose among {", ".join(SOURCES)}, or a name on the hub')

@@ -1,5 +1,5 @@
 "Notebooks are functions: they run under papermill as they run under nbdev"
-import json
+import json, subprocess, sys
 import papermill
 import pytest
 from conftest import lay_photos
@@ -30,6 +30,17 @@ def test_runs_under_papermill(notebook, tmp_path, priors):
     (tmp_path/'metrics.json').unlink()
     assert run(notebook, tmp_path, given) == first
     assert len(kept) > 1 and all(p.stat().st_mtime_ns == t for p, t in kept.items())
+
+def test_papermill_itself_refuses_what_is_no_parameter(tmp_path):
+    "papermill would log a line, run the page with its defaults and exit with 0"
+    done = subprocess.run([sys.executable, '-m', 'papermill', '72_table2.ipynb', tmp_path/'out.ipynb', '-p', 'stps', '5', '-k', 'python3', '--no-progress-bar'], cwd=NBS, capture_output=True, text=True)
+    assert done.returncode and 'there is no parameter stps' in done.stderr and 'It takes objects, tried, seeds, settings, rows, strips, out' in done.stderr
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda p: p.stem)
+def test_looks_at_its_parameters_first(notebook):
+    cells = [c for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
+    after = next(i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', [])) + 1
+    assert ''.join(cells[after]['source']).startswith('no_other_parameters()\n')
 
 @pytest.mark.parametrize('grid', sorted((NBS/'grids').glob('*.yaml')), ids=lambda p: p.stem)
 def test_a_shipped_grid_arrives_as_it_was_sent(grid, tmp_path, monkeypatch):

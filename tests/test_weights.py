@@ -71,7 +71,8 @@ def hub(tmp_path):
     env = {k: v for k, v in os.environ.items() if 'PROXY' not in k.upper()} | dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path/'hf'),
         HF_HUB_DISABLE_XET='1', HF_HUB_OFFLINE='0', MAGIC123_WEIGHTS=str(tmp_path/'weights'), U2NET_HOME=str(tmp_path/'u2net'), TORCH_HOME=str(tmp_path/'torch'))
     def run(*argv, **more): return subprocess.run([sys.executable, '-m', 'magic123.cli', *argv], env=env | more, capture_output=True, text=True, timeout=280)
-    yield SimpleNamespace(root=tmp_path/'hub', asked=asked, broken=broken, run=run, stop=lambda: (server.shutdown(), server.server_close()), env=env, tmp=tmp_path)
+    def python(code): return subprocess.run([sys.executable, '-c', f'from magic123 import weights; from dataclasses import replace; {code}'], env=env, capture_output=True, text=True, timeout=280)
+    yield SimpleNamespace(root=tmp_path/'hub', asked=asked, broken=broken, run=run, python=python, stop=lambda: (server.shutdown(), server.server_close()), env=env, tmp=tmp_path)
     server.shutdown()
 
 def publish(hub, repo, make):
@@ -214,9 +215,11 @@ def test_depth_and_cutout_lie_where_they_are_looked_for(hub, monkeypatch):
     home = hub.root/'Intel'/'dpt-beit-large-512'
     home.mkdir(parents=True)
     for name in weights.SOURCES['depth'].files: (home/name).write_text('{}')
-    assert hub.run('weights', 'fetch', 'depth').returncode == 0
-    code = 'from magic123.preprocess import local_depth_model; print(local_depth_model("dpt"))'
-    assert subprocess.run([sys.executable, '-c', code], env=hub.env, capture_output=True, text=True).stdout.strip() == 'Intel/dpt-beit-large-512'
+    found = 'from magic123.preprocess import local_depth_model; print(local_depth_model("dpt"))'
+    strange = hub.run('weights', 'fetch', 'depth')
+    assert strange.returncode == 2 and 'model.safetensors is not the file that it should be' in strange.stderr and hub.python(found).stdout.strip() == 'None'
+    trusted = 'weights.SOURCES["depth"] = replace(weights.SOURCES["depth"], sha256={}); weights.fetch("depth"); '
+    assert hub.python(trusted + found).stdout.strip() == hub.python(found).stdout.strip() == 'Intel/dpt-beit-large-512'
 
     monkeypatch.setenv('U2NET_HOME', str(hub.tmp/'u2net'))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name in ('rembg', 'onnxruntime') or None)
@@ -227,6 +230,38 @@ def test_depth_and_cutout_lie_where_they_are_looked_for(hub, monkeypatch):
     monkeypatch.setenv('MAGIC123_WEIGHTS', str(hub.tmp/'weights'))
     with pytest.raises(UserError, match='is not the file that it should be'): weights.fetch('cutout')
     assert (hub.tmp/'u2net'/'isnet-general-use.onnx').exists()
+
+def test_judges_find_what_is_fetched(hub):
+    "CLIP in several files beside OpenCLIP's, of which only the former come; AlexNet in torch's folder; both are used from where they lie, without a connection"
+    from transformers import CLIPConfig, CLIPModel
+    from magic123.perceptual import CLIP, LPIPS, ClipEyes
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    home = hub.root/CLIP
+    CLIPModel(CLIPConfig(text_config=small | dict(vocab_size=64), vision_config=small | dict(image_size=32, patch_size=16), projection_dim=24)).save_pretrained(home, max_shard_size='20KB')
+    wanted = {f'{CLIP}: {f.name}' for f in home.iterdir()}
+    for name in ('open_clip_model.safetensors', 'open_clip_config.json', 'pytorch_model-00001-of-00001.bin', 'pytorch_model.bin.index.json', 'vocab.json'): (home/name).write_text('{}')
+    assert hub.run('weights', 'fetch', 'clip').returncode == 0 and {f'{repo}: {file}' for repo, file, _ in hub.asked} == wanted and len(wanted) > 4
+    torch.manual_seed(0)
+    torch.save({f'features.{k}.{name}': t for k, layer in LPIPS().features.items() for name, t in layer.state_dict().items()}, hub.tmp/'alexnet.pth')
+    given = f'import shutil; weights.fetch_url = lambda url, path: (path.parent.mkdir(parents=True), shutil.copy({str(hub.tmp/"alexnet.pth")!r}, path)); '
+    assert 'is not the file that it should be' in hub.python(given + 'weights.fetch("lpips")').stderr
+    trusted = hub.python(given.replace('(parents=True)', '(exist_ok=True)') + 'weights.SOURCES["lpips"] = replace(weights.SOURCES["lpips"], sha256={}); weights.fetch("lpips")')
+    assert trusted.returncode == 0, trusted.stderr
+    hub.stop()
+    seen = hub.python('import torch; from magic123.perceptual import find_judges; judges, x = find_judges(), torch.linspace(0, 1, 64*64*3).view(64, 64, 3); print(judges.lpips(x, 1 - x) > 0, *judges.clip(x)[:4].tolist())')
+    assert seen.returncode == 0 and (said := seen.stdout.split())[0] == 'True', seen.stdout + seen.stderr
+    torch.testing.assert_close(torch.tensor([*map(float, said[1:])]), ClipEyes.load(home)(torch.linspace(0, 1, 64*64*3).view(64, 64, 3))[:4], atol=1e-5, rtol=1e-4)
+
+def test_a_conversion_that_is_no_mirror(hub):
+    "threestudio's Zero-1-to-3 is had by its own name, and does not stand in for the paper's"
+    repo = publish(hub, 'bennyguo/zero123-diffusers', zero123.tiny_random)
+    (repo/'cc_projection').rename(repo/'clip_camera_projection')
+    for f in [*repo.rglob('*.safetensors')]: f.rename(f.with_name(f.name.replace('.safetensors', '.fp16_ema.safetensors')))
+    assert hub.run('weights', 'fetch', 'bennyguo/zero123-diffusers').returncode == 0
+    hub.stop()
+    code = 'from magic123.zero123 import ZERO123_PARTS; from magic123.stable_diffusion import find_folder; print(find_folder("bennyguo/zero123-diffusers", ZERO123_PARTS).parts[-3:], weights.on_disk("zero123-105000"))'
+    found = hub.python(code)
+    assert found.stdout.split()[0] == "('models--bennyguo--zero123-diffusers'," and found.stdout.split()[-1] == 'None', found.stdout + found.stderr
 
 def test_stopped_before_the_last_byte_and_after_it(hub, monkeypatch):
     "Killed half-way, a download goes on; killed before the file got its name, it ends too"
