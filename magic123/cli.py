@@ -202,7 +202,8 @@ def export(folder: tyro.conf.Positional[str], /, format: tuple[Literal['glb', 'o
         unlit: Whether to ask viewers of the GLB for the colours as they are, without light of their own; as the recipe says if not given
     """
     from magic123.image_to_mesh import export_mesh
-    for path in export_mesh(folder, format, texture, max_faces, device, unlit): shell_console().print(str(path), highlight=False, soft_wrap=True)
+    tell = partial(shell_console().print, markup=False, highlight=False, soft_wrap=True)
+    for path in export_mesh(folder, format, texture, max_faces, device, unlit, tell): tell(str(path))
 
 def ablate(grid: tyro.conf.Positional[str], /, out: str | None = None, cluster: str = 'local', workers: int | None = None, gpu_memory: float | None = None,
         retry: tyro.conf.FlagCreatePairsOff[bool] = False, fresh: tyro.conf.FlagCreatePairsOff[bool] = False):

@@ -8,11 +8,11 @@ __all__ = ['FAMILIAR', 'FEW', 'TINY_WORD', 'versions', 'weight_files', 'weight_h
            'pick_dtype', 'ready_priors', 'check_weights', 'load_priors', 'Result', 'peak_memory_gb', 'make_nerf',
            'ready_device', 'carry_on', 'OutOfMemory', 'enough_memory', 'using', 'changes', 'in_turn', 'continue_run',
            'write_files', 'write_metrics', 'finished', 'unknown_pictures', 'pictures_in', 'image_name', 'run_folder',
-           'run_names', 'check_folder', 'read_photo', 'begin_run', 'for_team', 'reconstruct', 'one_by_one', 'resume',
-           'coarse_scene', 'evaluate_coarse', 'final_scene', 'film', 'export_mesh', 'learn_word']
+           'run_names', 'check_folder', 'read_photo', 'begin_run', 'for_team', 'reconstruct', 'Photos', 'one_by_one',
+           'resume', 'coarse_scene', 'evaluate_coarse', 'final_scene', 'film', 'export_mesh', 'learn_word']
 
 # %% ../nbs/53_image_to_mesh.ipynb #1bc636b6
-import hashlib, json, mimetypes, os, platform, re, shutil, sys, tempfile, threading, time
+import hashlib, json, mimetypes, os, platform, re, shutil, sys, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -38,10 +38,10 @@ from .joint_prior import JointPrior
 from .many_gpus import Alone, Team, join, own_gpu
 from .nerf import NeRF
 from .optimise import Interrupted, load_scene, optimise
-from .preprocess import PICTURES, Reference, files_beside, is_photo, load_reference, read_image
+from .preprocess import DEPTHS, MASKS, PICTURES, Reference, files_beside, is_photo, load_reference, read_image
 from .raster import pick_zbuffer
 from .recipe import PRESETS, Recipe, values
-from .show import Strip, UserError, atomic_write, data_folder, default_device, depth_to_rgb, fast_dtype, no_room, save_png, sweep, writing
+from .show import Strip, UserError, atomic_write, check_writable, data_folder, default_device, depth_to_rgb, fast_dtype, no_room, save_png, sweep, writing
 from .stable_diffusion import PARTS, LatentPrior, StableDiffusionPrior, Words, check_token, find_folder, find_part, load_tokenizer, part_weights, _files
 from .textual_inversion import invert, load_learned_embeds, save_learned_embeds
 from .toybox import SPLITS, Toy, make_toy, parse_toy
@@ -145,9 +145,9 @@ class Job:
 def with_photo(
     image, # A path, a toy's name, or a picture
     recipe: Recipe,
-) -> dict[str, str]: # Name -> SHA-256
+) -> dict[str, str]: # 'mask', 'depth' -> SHA-256
     "Fingerprints of the files that come with a photo"
-    return {p.name: _sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files_beside(image, recipe.photo.mask, recipe.photo.depth)}
+    return {what: _sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for what, p in files_beside(image, recipe.photo.mask, recipe.photo.depth).items()}
 
 @contextmanager
 def alone_in(
@@ -439,11 +439,11 @@ def write_files(
     contact_sheet(mesh, job.folder/'contact_sheet.png', reference=reference.camera)
     return mesh, time.perf_counter() - began
 
-def _perceptual(job, mesh, reference, metrics, say): # Adds 'lpips' and 'clip', as far as their weights are here, and the official script's three; a note on what is missing
+def _perceptual(job, mesh, reference, metrics, say, device): # Adds 'lpips' and 'clip', as far as their weights are here, and the official script's three; a note on what is missing
     if not job.recipe.export.perceptual: return
     from magic123.perceptual import evaluate_perceptual, find_judges, held_out_lpips
     missing = []
-    judges = find_judges(job.device, say=missing.append)
+    judges = find_judges(device, say=missing.append)
     for text in missing: say(text)
     if missing:
         job.notes = list(dict.fromkeys([*job.notes, *missing]))
@@ -467,7 +467,7 @@ def write_metrics(
     "Write `metrics.json`, the last file of a run"
     metrics = _seen(job, mesh, reference) | dict(seconds={k: round(v, 2) for k, v in seconds.items()}, peak_memory_gb=round(peak_memory_gb(), 3))
     if job.device.type == 'cuda': metrics['peak_gpu_memory_gb'] = round(torch.cuda.max_memory_allocated()/2**30, 3)
-    _perceptual(job, mesh, reference, metrics, say) # after the peaks: its networks are no part of the method
+    _perceptual(job, mesh, reference, metrics, say, job.device) # after the peaks: its networks are no part of the method
     metrics |= dict(recipe=job.recipe.name, seed=job.recipe.seed, device=str(job.device), **more)
     with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
 
@@ -498,7 +498,9 @@ def pictures_in(
     "The photos in a folder, or where there are none, `rgba.png` in each folder below; depth pictures and masks beside them are not photos"
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and is_photo(p))
     found = found or sorted(folder.glob('*/rgba.png'))
-    if not found: raise UserError(f'There is no picture in {folder}', f'Give a picture, or a folder with some ({", ".join(PICTURES)}) or with folders that have an rgba.png')
+    if not found:
+        other = f', but {", ".join(p.name for p in left)}' if (left := unknown_pictures(folder)) else ''
+        raise UserError(f'There is no picture in {folder}{other}', f'Give a picture, or a folder with some ({", ".join(PICTURES)}) or with folders that have an rgba.png')
     return found
 
 def image_name(
@@ -579,20 +581,22 @@ def _prepared(out, overwrite): # A folder whose content then takes the place of 
             with suppress(OSError): (out/'.lock').unlink(), out.rmdir()
         raise
 
-def _checked_prompt(recipe): # With the learned word's file where it will be found again
-    file = recipe.prompt.learned_embeds
-    if not file: return recipe
-    load_learned_embeds(file)
-    return recipe.replace({'prompt.learned_embeds': str(Path(file).resolve())})
+def _checked_prompt(recipe):
+    if recipe.prompt.learned_embeds: load_learned_embeds(recipe.prompt.learned_embeds)
+    return recipe
 
 def _check_word(recipe, folders): # Before there is a folder
     if not (recipe.prompt.learned_embeds and '2d' in folders): return
     width = json.loads((find_part(folders['2d'], 'text_encoder')/'config.json').read_text('utf-8'))['hidden_size']
     for token, vector in load_learned_embeds(recipe.prompt.learned_embeds).items(): check_token(token, vector, width)
 
-def _located(recipe): # Its priors' folders and files where they will be found again; a link keeps its name, by which the pose may go
-    here = {f'priors.{name}': Path(place).expanduser() for name in ('stable_diffusion', 'zero123') if (place := getattr(recipe.priors, name)) != 'tiny'}
-    return recipe.replace({name: str(path.absolute()) for name, path in here.items() if path.exists()})
+_places = 'priors.stable_diffusion', 'priors.zero123', 'prompt.learned_embeds', 'photo.mask', 'photo.depth' # settings that may be a file or a folder
+
+def _located(recipe): # Files and folders where they will be found again; a link keeps its name, by which the pose may go
+    said = {name: place for name in _places if (place := values(recipe)[name]) and place not in ('tiny', *MASKS, *DEPTHS)}
+    kind = lambda place: 'dpt:' if place.startswith('dpt:') else ''
+    here = {name: (kind(place), Path(place.removeprefix('dpt:')).expanduser()) for name, place in said.items()}
+    return recipe.replace({name: before + str(path.absolute()) for name, (before, path) in here.items() if path.exists()})
 
 def begin_run(
     image, # A path, a toy's name, or a picture
@@ -640,45 +644,87 @@ def reconstruct(
     if isinstance(image, str): image = os.path.expanduser(image)
     out = Path(out).expanduser() if out else run_folder(image, source if isinstance(source, (str, Path)) else recipe.name)
     if isinstance(image, (str, Path)) and os.path.isdir(image): return _each(Path(image), out, recipe, overwrite, say, on_step)
+    return continue_run(_begin(image, out, recipe, overwrite, say), say, on_step)
+
+def _begin(image, out, recipe, overwrite, say):
     team = join()
-    folder = team.alone(lambda: begin_run(image, out, for_team(recipe, team, say), overwrite, say).folder)
-    return continue_run(folder, say, on_step)
+    return team.alone(lambda: begin_run(image, out, for_team(recipe, team, say), overwrite, say).folder)
 
 def _as_lists(word): return {token: v.tolist() for token, v in load_learned_embeds(word).items()}
 
+def _changed(was, now): # Settings that make another mesh, in words; '' if they are the same
+    was, free = values(_located(was)), {*signature(changes).parameters, 'prompt.text'*(now.prompt.text is None)}
+    now = values(_located(now))
+    free |= {p for p in now if p.endswith('novel_views') and join().size > 1}
+    return ', '.join([f'{p} {was[p]} and not {now[p]}' for p in now if p not in free and was[p] != now[p]][:3])
+
 def _other(job, image, recipe): # What an older run was told that is not so now; '' if nothing
-    was, now = values(_located(job.recipe)), values(_located(_checked_prompt(recipe)))
-    free = {*signature(changes).parameters, 'prompt.text'*(recipe.prompt.text is None)} | {p for p in now if p.endswith('novel_views') and join().size > 1}
+    recipe = _checked_prompt(recipe)
     if not np.array_equal(kept_reference(job).rgba, read_image(image)): return 'another picture'
-    if job.files is not None and (files := with_photo(image, recipe)) != job.files: return 'the same picture with another mask or depth: ' + ', '.join(sorted({k for k, _ in files.items() ^ job.files.items()}))
+    if job.files is not None and (files := with_photo(image, recipe)) != job.files: return 'the same picture with another ' + ' and '.join(sorted({what for what, _ in files.items() ^ job.files.items()}))
     if (word := recipe.prompt.learned_embeds) and (kept := _kept_word(job.folder)).is_file() and _as_lists(kept) != _as_lists(word): return f'what {word} held before'
-    return 'other settings: ' + ', '.join(f'{p} {was[p]} and not {now[p]}' for p in changed[:3]) if (changed := [p for p in now if p not in free and was[p] != now[p]]) else ''
+    return f'other settings: {changed}' if (changed := _changed(job.recipe, recipe)) else ''
 
 def _free(recipe): return changes(recipe.device if recipe.device != 'auto' else None, recipe.threads, recipe.low_memory)
 
-def _begin_or_go_on(image, out, recipe, overwrite, say, on_step):
-    if overwrite or not join().alone(lambda: (out/'recipe.json').is_file()): return reconstruct(image, out, recipe, overwrite, say, on_step)
-    if other := _other(Job.open(out), image, recipe): raise UserError(f'{out} is a run of {other}', 'Choose another folder with --out, or begin again with --overwrite')
-    return continue_run(out, say, on_step, **_free(recipe))
+@dataclass
+class Photos:
+    "What a folder of runs says about itself, `photos.json`: which photos, what was asked of them, where each is"
+    folder: Path
+    photos: Path
+    recipe: Recipe
+    runs: dict[str, str] = field(default_factory=dict) # Photo -> name of its run
+    again: list[str] = field(default_factory=list) # Names of runs that are to begin anew, whatever is there
 
-def _each(photos, out, recipe, overwrite, say, on_step, others=()): # `others`: runs that are to go on too
-    images = pictures_in(photos)
+    def save(self):
+        "Write `photos.json`"
+        content = dict(magic123='photos', photos=str(self.photos), recipe=self.recipe.model_dump(), runs=self.runs, again=self.again)
+        with atomic_write(self.folder/'photos.json') as tmp: tmp.write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', 'utf-8', 'backslashreplace')
+
+    @classmethod
+    def open(cls, folder: Path) -> 'Photos | None': # None if there is no `photos.json`
+        "Read a folder's `photos.json`"
+        path = folder/'photos.json'
+        if not path.is_file(): return None
+        try:
+            said = json.loads(path.read_text('utf-8'))
+            if said['magic123'] != 'photos': raise ValueError('it is something else')
+            return cls(folder, Path(said['photos']), Recipe.load(said), said['runs'], said['again'])
+        except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f'{path} is not what `magic123 run` has written: {e}', 'Choose another folder with --out, or move that file') from e
+
+    def find(self) -> dict[Path, Path]: # Photo -> its run
+        "All photos that are there now; those that are new get names that are not taken"
+        images = pictures_in(self.photos)
+        for image, name in zip(images, run_names(images)):
+            taken = {n.lower() for n in self.runs.values()}
+            own = next((n for n in (name, image.name.replace('.', '_'), *(f'{name}_{i}' for i in range(2, 10_000))) if n.lower() not in taken), name)
+            self.runs.setdefault(str(image.relative_to(self.photos)), own)
+        return {image: self.folder/self.runs[str(image.relative_to(self.photos))] for image in images}
+
+    def go(self, image: Path, run: Path, say, on_step, check: bool) -> Result:
+        "Begin a run, or go on with it; `check` that it was told the same"
+        team, anew = join(), run.name in self.again
+        if anew or not team.alone(lambda: (run/'recipe.json').is_file()):
+            _begin(image, run, self.recipe, anew, say)
+            if anew: self.again.remove(run.name)
+            if anew: team.alone(self.save)
+            return continue_run(run, say, on_step)
+        if check and (other := _other(Job.open(run), image, self.recipe)): raise UserError(f'{run} is a run of {other}', 'Choose another folder with --out, or begin again with --overwrite')
+        return continue_run(run, say, on_step, **_free(self.recipe))
+
+def _each(photos, out, recipe, overwrite, say, on_step):
+    images, recipe, photos = pictures_in(photos), _located(_checked_prompt(recipe)), photos.absolute()
     if (out/'recipe.json').exists(): raise UserError(f'{out} is a run, and {len(images)} runs want a folder', 'Choose another folder with --out')
     if left := unknown_pictures(photos): say(f'Left out, for they cannot be read: {", ".join(p.name for p in left)}. Save them as PNG or JPEG')
-    def remember():
-        with atomic_write(out/'photos.json') as tmp: tmp.write_text(json.dumps(dict(photos=str(photos.absolute()), recipe=recipe.model_dump()), indent=1, ensure_ascii=False) + '\n', 'utf-8', 'backslashreplace')
-    join().alone(remember)
-    runs = {image: out/name for image, name in zip(images, run_names(images))}
-    return one_by_one({image: partial(_begin_or_go_on, image, run, recipe, overwrite, say, on_step) for image, run in runs.items()}
-        | {run: partial(continue_run, run, say, on_step, **_free(recipe)) for run in others if run not in runs.values()}, say)
-
-def _asked_of(folder): # The photos that runs were asked for here, and the recipe; None if there is nothing to know
-    path = folder/'photos.json'
-    if not path.is_file(): return
-    try:
-        said = json.loads(path.read_text('utf-8'))
-        return Path(said['photos']), Recipe.load(said)
-    except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f'{path} is damaged: {e}', 'Give `magic123 run` again, as it was') from e
+    batch = Photos.open(out)
+    if batch and not overwrite:
+        if batch.photos != photos: raise UserError(f'{out} holds the runs of {batch.photos}', 'Choose another folder with --out')
+        if changed := _changed(batch.recipe, recipe): raise UserError(f'{out} holds runs of other settings: {changed}', 'Choose another folder with --out, or begin again with --overwrite')
+    batch = Photos(out, photos, recipe, *((batch.runs, batch.again) if batch and batch.photos == photos else ()))
+    runs = batch.find()
+    if overwrite: batch.again = [run.name for run in runs.values()]
+    join().alone(batch.save)
+    return one_by_one({image: partial(batch.go, image, run, say, on_step, True) for image, run in runs.items()}, say)
 
 def one_by_one(
     tasks: dict[Path, Callable[[], Result]], # What each is about, and what to do
@@ -712,12 +758,15 @@ def resume(
     folder, go_on = Path(folder).expanduser(), partial(continue_run, say=say, on_step=on_step, **changed)
     if (folder/'recipe.json').is_file(): return go_on(folder)
     runs = sorted(p.parent for p in folder.glob('*/recipe.json') if not p.parent.name.startswith('.'))
-    if asked := _asked_of(folder):
-        photos, recipe = asked
-        if photos.is_dir(): return _each(photos, folder, recipe.replace(changes(**changed)), False, say, on_step, runs)
-        say(f'{photos} is gone: what had begun goes on, and no more')
+    tasks = {run: partial(go_on, run) for run in runs}
+    if batch := Photos.open(folder):
+        batch.recipe = batch.recipe.replace(changes(**changed))
+        try: found = batch.find()
+        except (UserError, OSError): say(f'There are no photos in {batch.photos} now: what had begun goes on, and no more')
+        else: tasks = {image: partial(batch.go, image, run, say, on_step, False) for image, run in found.items()} | {run: task for run, task in tasks.items() if run not in found.values()}
+        if tasks: return one_by_one(tasks, say)
     if len(runs) < 2: return go_on((runs or [folder])[0])
-    return one_by_one({run: partial(go_on, run) for run in runs}, say)
+    return one_by_one(tasks, say)
 
 def coarse_scene(
     folder: str | Path, # A run whose coarse stage has begun
@@ -771,6 +820,7 @@ def export_mesh(
     max_faces: int | None = None, # Faces to keep at most; the recipe's if None
     device: str | None = None, # Where to bake; the run's own, or the CPU, if None
     unlit: bool | None = None, # Ask viewers of the GLB for the colours as they are; the recipe's if None
+    say=print, # Told what cannot be measured of the run's own mesh
 ) -> list[Path]: # What was written
     "Write a run's mesh in other formats"
     job = Job.open(folder)
@@ -781,11 +831,13 @@ def export_mesh(
         scene = final_scene(folder, device)
         vertices, faces = scene.mesh()
         mesh = textured_mesh(vertices.detach(), faces, scene.field.albedo, e.texture, e.max_faces, e.smallest_piece)
-    written = [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
-    if job.mesh in written: # the run's own mesh is another one now
+    metrics = None
+    if job.mesh in {job.folder/f'mesh.{kind}' for kind in formats}: # the run's own mesh will be another one
         photo = kept_reference(job)
         metrics = result.metrics | _seen(job, mesh, photo)
-        _perceptual(job, mesh, photo, metrics, lambda text: None)
+        _perceptual(job, mesh, photo, metrics, say, job.near(device))
+    written = [p for kind in formats for p in save_mesh(job.folder/f'mesh.{kind}', mesh, e.unlit)]
+    if metrics:
         with atomic_write(job.folder/'metrics.json') as tmp: tmp.write_text(json.dumps(metrics, indent=1) + '\n')
     return written
 
@@ -808,12 +860,11 @@ def learn_word(
     recipe = (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).replace(overrides)
     out, p = Path(out or Path('runs')/f'{image_name(image)}-word.safetensors'), recipe.priors
     if out.suffix != '.safetensors': raise UserError(f'{out} is no safetensors file', 'Choose a name that ends in .safetensors')
+    if out.is_dir(): raise UserError(f'{out} is a folder', 'Choose another file with --out')
     if out.exists() and not overwrite: raise UserError(f'{out} already exists', 'Choose another file with --out, or replace it with --overwrite')
     if steps is not None and steps < 1: raise UserError(f'{steps} steps', 'Choose at least 1')
     device, reference = Job(out, recipe, '').device, read_photo(image, recipe.replace({'photo.depth': 'none'}))
-    with writing(out): # now, and not after an hour of learning
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent): pass
+    check_writable(out.parent)
     for note in reference.notes:
         if not note.startswith('Depth:'): say(note) # a word needs none
     dice, tiny = torch.Generator().manual_seed(recipe.seed), knows_few_words(recipe)

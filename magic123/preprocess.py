@@ -509,11 +509,11 @@ def files_beside(
     source, # A photo, as for `load_reference`
     mask: str | Path = 'auto', # As for `load_reference`
     depth: str | Path = 'auto', # As for `load_reference`
-) -> list[Path]: # Those that are there
-    "The files that belong to a photo: its mask, its depth"
-    named = [Path(said).expanduser() for said, known in ((mask, MASKS), (depth, DEPTHS)) if _is_file(said, known)]
-    near = isinstance(source, (str, Path)) and not str(source).startswith('toybox:') and depth in ('auto', 'sibling') and sibling_depth(source)
-    return [p for p in (*named, near) if p and p.is_file()]
+) -> dict[str, Path]: # 'mask', 'depth': those that are there
+    "The files that belong to a photo"
+    named = {what: Path(said).expanduser() for what, said, known in (('mask', mask, MASKS), ('depth', depth, DEPTHS)) if _is_file(said, known)}
+    if isinstance(source, (str, Path)) and not str(source).startswith('toybox:') and depth in ('auto', 'sibling'): named['depth'] = sibling_depth(source)
+    return {what: path for what, path in named.items() if path and path.is_file()}
 
 def _given_depth(depth, path, size, notes):
     "The depth that lies in a file, on the photo's own grid, if any is to be used"

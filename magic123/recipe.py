@@ -91,30 +91,32 @@ def _wants(error, field): # What it must be, in words
     if kind == 'literal_error': return ctx['expected']
     if kind == 'value_error': return str(ctx['error'])
     if kind == 'finite_number': return 'a finite number'
-    if kind in ('tuple_type', 'missing'): return 'two numbers' if field is not None and 'float, float' in str(field.annotation) else 'a list in square brackets'
+    if kind in ('tuple_type', 'missing', 'too_long'): return 'two numbers' if field is not None and 'float, float' in str(field.annotation) else 'a list in square brackets'
     return _kinds.get(kind.split('_')[0], '') if kind.endswith(('_parsing', '_type', '_from_float')) else ''
 
 def _complaints(errors, fields): # One for each thing that is wrong, whatever else it might have been
     found, deepest = {}, {}
     for error in errors:
-        loc = [p for p in error['loc'] if '[' not in str(p)] # where several kinds would do, each is named
+        loc = [p for p in error['loc'] if '[' not in str(p) and p != 'str'] # where several kinds would do, each is named
         path = '.'.join(p for p in loc if isinstance(p, str))
-        if error['type'] == 'extra_forbidden':
+        if error['type'] in ('extra_forbidden', 'invalid_key'):
+            path = path or str(error['input'])
             guess = nearest(path, fields)
-            found[path, '', 0] = [f'there is no setting {path}' + (f': did you mean {guess}?' if guess else '')]
+            found[path, '', None] = [f'there is no setting {path}' + (f': did you mean {guess}?' if guess else '')]
             continue
         field = fields.get(path)
         wants = ', '.join(filter(None, (_wants(error, field), field is not None and allowed(field)))) or error['msg']
         deep = len(loc) if len(loc) < len(error['loc']) else 0
-        deepest[path] = max(deep, deepest.get(path, 0))
-        found.setdefault((path, f'{path} is {error["input"]!r}; it must be ', deep), []).append(wants)
-    return [start + ' or '.join(dict.fromkeys(wants)) for (path, start, deep), wants in found.items() if deep == deepest.get(path, deep)]
+        deepest[loc[0]] = max(deep, deepest.get(loc[0], 0))
+        found.setdefault((loc[0], f'{path} is {error["input"]!r}; it must be ', deep), []).append(wants)
+    return [start + ' or '.join(dict.fromkeys(wants)) for (name, start, deep), wants in found.items() if deep is None or deep == deepest[name]]
 
 def _hint(model, errors):
     fields = model.model_fields
     if 'coarse' in fields: return 'See `magic123 run --help` for every setting, its range and its default'
-    if any(error['type'] == 'extra_forbidden' for error in errors): return f'It may have {", ".join(fields)}'
-    return '\n'.join(f'{name}: {fields[name].description}' for name in dict.fromkeys(error['loc'][0] for error in errors))
+    if any(error['type'] in ('extra_forbidden', 'invalid_key') for error in errors): return f'It may have {", ".join(fields)}'
+    named = [name for name in dict.fromkeys(error['loc'][0] for error in errors if error['loc']) if name in fields]
+    return '\n'.join(f'{name}: {fields[name].description}' for name in named) or f'It may have {", ".join(fields)}'
 
 def checked(
     model: type[Settings], # The kind of settings

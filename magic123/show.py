@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEGUN', 'UserError', 'no_room', 'default_device', 'fast_dtype', 'load_numba', 'jit', 'numba_threads', 'spent_ms',
            'to_uint8', 'Strip', 'strip', 'depth_to_rgb', 'normal_to_rgb', 'writing', 'sweep', 'atomic_write',
-           'save_png', 'save_video', 'data_folder']
+           'check_writable', 'save_png', 'save_video', 'data_folder']
 
 # %% ../nbs/00_show.ipynb #13fe810e
 import errno, io, os, re, subprocess, sys, tempfile, time
@@ -215,6 +215,14 @@ def atomic_write(
             os.chmod(tmp, 0o666 & ~mask)
             os.replace(tmp, path)
         finally: Path(tmp).unlink(missing_ok=True)
+
+def check_writable(
+    folder: str | Path, # Is made if need be
+):
+    "Say so now if nothing can be written there, and not after an hour of work"
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
 
 # %% ../nbs/00_show.ipynb #29b6e269
 def save_png(

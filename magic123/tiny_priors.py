@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .sds import classifier_free_guidance
-from .show import UserError, atomic_write, default_device, save_png
+from .show import UserError, atomic_write, check_writable, default_device, save_png
 from .toybox import SPLITS, VIEW_WORDS, PackedToys, Toy, make_toy, pack_toys, render_toys, vocabulary
 from .zero123 import OneToken
 
@@ -1082,6 +1082,11 @@ def check_training(
         value, least = getattr(t, f.name), int(f.type in (int, 'int') and f.name != 'workers')
         if f.type in (int, float, 'int', 'float') and not least <= value < math.inf: raise UserError(f'--{f.name.replace("_", "-")} is {value}', f'Choose at least {least}')
     if not getattr(t, 'share_3d', 0) <= 1: raise UserError(f'--share-3d is {t.share_3d}', 'Choose from 0 to 1')
+    if t.seconds <= t.reserve: raise UserError(f'--seconds is {t.seconds:g}, and --reserve keeps {t.reserve:g} of them for figures', 'Give more seconds, or a smaller --reserve')
+    if t.validation < 8: raise UserError(f'--validation is {t.validation}', 'Choose at least 8')
+    try: torch.zeros(0, device=t.device or 'cpu')
+    except (RuntimeError, AssertionError) as e: raise UserError(f'The device {t.device!r} cannot be used: {str(e).splitlines()[0]}', 'Leave --device out for the best there is') from e
+    check_writable(t.out)
     if (Path(t.out)/'state.json').exists() and not (t.resume and Path(t.resume).resolve() == Path(t.out).resolve()):
         raise UserError(f'{t.out} holds networks from an earlier training', f'Go on from them with `--resume {t.out}`, or choose another --out')
 

@@ -973,7 +973,9 @@ def fetch(
     full: bool = False, # In full precision, where there is a choice
 ) -> Path: # Where it lies: for a prior, a folder that can be loaded
     "Fetch weights unless they are here, and write their fingerprints to the lock file"
-    if name not in SOURCES and (known := known_as(name)) and SOURCES[known].files: name = known
+    if name not in SOURCES and (known := known_as(name)) and SOURCES[known].files:
+        if '@' in name and name != (own := SOURCES[known].place): raise UserError(f'{name} is not the commit that {known} is known by, {own}', f'`magic123 weights fetch {known}`, or fetch the other one with `hf download`')
+        name = known
     source = SOURCES.get(name)
     if source is None:
         if '/' not in name: raise UserError(f'There are no weights called {name!r}', f'Choose among {", ".join(SOURCES)}, or a name on the hub')
