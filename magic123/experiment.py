@@ -607,9 +607,10 @@ def _ended(futures): # those that have, perhaps none yet
 @contextlib.contextmanager
 def _scheduler_lives():
     from distributed.client import FuturesCancelledError
-    from distributed.comm import CommClosedError
     try: yield
-    except (FuturesCancelledError, CommClosedError) as e: raise _user_error('The Dask scheduler is gone, and with it whoever did the work', 'Start it again; the same command then does what is left') from e
+    except (FuturesCancelledError, OSError) as e:
+        if getattr(e, 'errno', None) is not None: raise # a disk's, not a connection's
+        raise _user_error('The Dask scheduler is gone, and with it whoever did the work', 'Start it again; the same command then does what is left') from e
 
 def _work(runs, todo, client, board):
     futures, waiting = {}, list(todo) # of each future, its run and when it was asked for

@@ -748,6 +748,7 @@ def one_by_one(
     return results
 
 # %% ../nbs/53_image_to_mesh.ipynb #3a6ee696
+@in_turn
 def resume(
     folder: str | Path, # A run, or a folder of runs
     say=print, # Told what was decided

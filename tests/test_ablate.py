@@ -320,7 +320,7 @@ def test_shipped_grids_expand(tmp_path, monkeypatch):
         grid = read_grid(path)
         photos, made = lay_photos(path, tmp_path), jobs(path)
         assert len(made) > 1 and set(grid.seeds) == {j['recipe']['seed'] if 'recipe' in j else j['parameters']['seed'] for j in made}, path
-        assert len(grid.seeds) == (1 if photos else 3) and len(grid.objects) > 1, path
+        assert len(grid.seeds) == 3 and len(grid.objects) > 1, path
         told = {j['recipe']['prompt']['text'] for j in made if 'recipe' in j} - {None}
         assert all({*split_words(text)} <= tokens for text in told) and (len(told) == 11 if photos else not told), path
 
