@@ -35,7 +35,7 @@ from .export import TexturedMesh, contact_sheet, load_mesh, mesh_report, painted
 from .fast_priors import quicken
 from .hashgrid import pick_backend
 from .joint_prior import JointPrior
-from .many_gpus import Alone, Team, join, own_gpu
+from .many_gpus import Alone, Team, join, usable_device
 from .nerf import NeRF
 from .optimise import Interrupted, load_scene, optimise
 from .preprocess import DEPTHS, MASKS, PICTURES, Reference, files_beside, is_photo, load_reference, read_image
@@ -132,9 +132,7 @@ class Job:
     @property
     def device(self) -> torch.device:
         if self.recipe.device == 'auto': return default_device()
-        try: return torch.zeros(0, device=own_gpu(self.recipe.device)).device
-        except (RuntimeError, AssertionError) as e: raise UserError(f'The device {self.recipe.device!r} cannot be used: {str(e).splitlines()[0]}',
-            "Choose 'auto' or 'cpu'; `magic123 doctor` says what there is") from e
+        return usable_device(self.recipe.device, "Choose 'auto' or 'cpu'; `magic123 doctor` says what there is")
 
     def near(self, device: str | None = None) -> torch.device:
         "Where to look at what was made: on `device` if it is given, on the run's own if it is here, else on the CPU"
@@ -581,19 +579,18 @@ def _prepared(out, overwrite): # A folder whose content then takes the place of 
             with suppress(OSError): (out/'.lock').unlink(), out.rmdir()
         raise
 
-def _checked_prompt(recipe):
-    if recipe.prompt.learned_embeds: load_learned_embeds(recipe.prompt.learned_embeds)
-    return recipe
+def _words(recipe): return load_learned_embeds(recipe.prompt.learned_embeds) if recipe.prompt.learned_embeds else {}
 
-def _check_word(recipe, folders): # Before there is a folder
-    if not (recipe.prompt.learned_embeds and '2d' in folders): return
+def _check_words(words, folders): # Before there is a folder
+    if not (words and '2d' in folders): return
     width = json.loads((find_part(folders['2d'], 'text_encoder')/'config.json').read_text('utf-8'))['hidden_size']
-    for token, vector in load_learned_embeds(recipe.prompt.learned_embeds).items(): check_token(token, vector, width)
+    for token, vector in words.items(): check_token(token, vector, width)
 
 _places = 'priors.stable_diffusion', 'priors.zero123', 'prompt.learned_embeds', 'photo.mask', 'photo.depth' # settings that may be a file or a folder
 
 def _located(recipe): # Files and folders where they will be found again; a link keeps its name, by which the pose may go
-    said = {name: place for name in _places if (place := values(recipe)[name]) and place not in ('tiny', *MASKS, *DEPTHS)}
+    every = values(recipe)
+    said = {name: place for name in _places if (place := every[name]) and place not in ('tiny', *MASKS, *DEPTHS)}
     kind = lambda place: 'dpt:' if place.startswith('dpt:') else ''
     here = {name: (kind(place), Path(place.removeprefix('dpt:')).expanduser()) for name, place in said.items()}
     return recipe.replace({name: before + str(path.absolute()) for name, (before, path) in here.items() if path.exists()})
@@ -607,14 +604,14 @@ def begin_run(
 ) -> Job:
     "A run folder with a recipe and a reference"
     check_folder(out, overwrite)
-    recipe = _located(_checked_prompt(recipe))
+    words, recipe = _words(recipe), _located(recipe)
     with using(recipe.threads): reference = read_photo(image, recipe)
     for note in reference.notes: say(note)
     job = Job(out, recipe, str(image) if isinstance(image, (str, Path)) else 'a picture in memory', reference.notes, files=with_photo(image, recipe))
-    pick_backend(job.device, recipe.nerf.backend), pick_zbuffer(job.device, recipe.dmtet.backend), _check_word(recipe, wanted_priors(recipe))
+    pick_backend(job.device, recipe.nerf.backend), pick_zbuffer(job.device, recipe.dmtet.backend), _check_words(words, wanted_priors(recipe))
     with _prepared(out, overwrite) as new:
         keep_reference(new, reference)
-        if word := recipe.prompt.learned_embeds: save_learned_embeds(_kept_word(new), load_learned_embeds(word))
+        if words: save_learned_embeds(_kept_word(new), words)
         replace(job, folder=new).save()
     return job
 
@@ -659,7 +656,6 @@ def _changed(was, now): # Settings that make another mesh, in words; '' if they 
     return ', '.join([f'{p} {was[p]} and not {now[p]}' for p in now if p not in free and was[p] != now[p]][:3])
 
 def _other(job, image, recipe): # What an older run was told that is not so now; '' if nothing
-    recipe = _checked_prompt(recipe)
     if not np.array_equal(kept_reference(job).rgba, read_image(image)): return 'another picture'
     if job.files is not None and (files := with_photo(image, recipe)) != job.files: return 'the same picture with another ' + ' and '.join(sorted({what for what, _ in files.items() ^ job.files.items()}))
     if (word := recipe.prompt.learned_embeds) and (kept := _kept_word(job.folder)).is_file() and _as_lists(kept) != _as_lists(word): return f'what {word} held before'
@@ -706,14 +702,16 @@ class Photos:
         team, anew = join(), run.name in self.again
         if anew or not team.alone(lambda: (run/'recipe.json').is_file()):
             _begin(image, run, self.recipe, anew, say)
-            if anew: self.again.remove(run.name)
-            if anew: team.alone(self.save)
+            if anew:
+                self.again.remove(run.name)
+                team.alone(self.save)
             return continue_run(run, say, on_step)
         if check and (other := _other(Job.open(run), image, self.recipe)): raise UserError(f'{run} is a run of {other}', 'Choose another folder with --out, or begin again with --overwrite')
         return continue_run(run, say, on_step, **_free(self.recipe))
 
 def _each(photos, out, recipe, overwrite, say, on_step):
-    images, recipe, photos = pictures_in(photos), _located(_checked_prompt(recipe)), photos.absolute()
+    images, recipe, photos = pictures_in(photos), _located(recipe), photos.absolute()
+    _words(recipe) # or an error, for all of them
     if (out/'recipe.json').exists(): raise UserError(f'{out} is a run, and {len(images)} runs want a folder', 'Choose another folder with --out')
     if left := unknown_pictures(photos): say(f'Left out, for they cannot be read: {", ".join(p.name for p in left)}. Save them as PNG or JPEG')
     batch = Photos.open(out)

@@ -126,9 +126,9 @@ def checked(
     "Make `model` from `data`, or tell the user all that is wrong with it"
     try: return model.model_validate(data)
     except ValidationError as e:
-        found = _complaints(e.errors(include_url=False), leaves(model))
-        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found),
-            _hint(model, e.errors(include_url=False))) from e
+        errors = e.errors(include_url=False)
+        found = _complaints(errors, leaves(model))
+        raise _user_error(f'The {origin} is not usable:\n' + '\n'.join(f'  {o}' for o in found), _hint(model, errors)) from e
 
 # %% ../nbs/50_recipe.ipynb #54804b65
 class CameraSettings(Settings):

@@ -486,8 +486,8 @@ def measure_backends(
     device, out, rng = scene.sdf.device, {}, torch.Generator().manual_seed(0)
     noise = lambda *shape: torch.rand(*shape, generator=rng).to(device)
     fast = ('triton',) if device.type == 'cuda' and pick_backend(device) == 'triton' else ()
-    def against(name, backends, ask, differ=_off):
-        truth, out[name] = None, {}
+    def against(name, backends, ask, differ=_off, truth=None):
+        out[name] = {}
         for backend in dict.fromkeys(('torch', *backends)):
             found = [[t.detach().clone() for t in o] for o in ask(backend)]
             truth = truth or found
@@ -497,22 +497,13 @@ def measure_backends(
     against('march', [b for b in working_backends(device) if b in ('numba', 'triton')], lambda backend: ((walk(backend).start.diff(),), ()))
     samples = walk('auto')
     points = (rays[0][samples.ray] + samples.t[:, None]*rays[1][samples.ray]).detach()
-    field, exact = nerf.field, copy.deepcopy(nerf.field).double()
-    def asked(f, x):
-        density, paint = f(x)
-        return (density, paint), torch.autograd.grad((density*weigh[:, 0].to(x)).sum() + (paint*weigh[:, 1:].to(x)).sum(), [*f.parameters()])
-    weigh = noise(len(points), 4)
-    exact.grid.backend, was = 'torch', field.grid.backend
     some = slice(None, None, max(1, len(points)//2**17)) # in double precision they take room
-    points, weigh = points[some], weigh[some]
-    truth = asked(exact, points.double())
-    try:
-        out['field'] = {}
-        for field.grid.backend in dict.fromkeys(('torch', *working_backends(device))):
-            if field.grid.backend == 'tinycudann': continue # another grid
-            found = asked(field, points)
-            out['field'][field.grid.backend] = dict(ms=time_it(lambda: asked(field, points), device, repeats)['median'], off={k: _off(a, b) for k, a, b in zip(('values', 'gradients'), found, truth)})
-    finally: field.grid.backend = was
+    weigh, points = noise(len(points), 4)[some], points[some]
+    field, exact = nerf.field, copy.deepcopy(nerf.field).double()
+    def asked(f, x, backend):
+        with mocked.object(f.grid, 'backend', backend): density, paint = f(x)
+        return (density, paint), torch.autograd.grad((density*weigh[:, 0].to(x)).sum() + (paint*weigh[:, 1:].to(x)).sum(), [*f.parameters()])
+    against('field', [b for b in working_backends(device) if b != 'tinycudann'], lambda backend: asked(field, points, backend), truth=asked(exact, points.double(), 'torch')) # that one has another grid
     given = [noise(len(samples)).mul(30).requires_grad_(), noise(len(samples), 3).requires_grad_()]
     def gathered(backend):
         sums, w = collect_light(given[0], given[1], None, samples, nerf.step, backend=backend)

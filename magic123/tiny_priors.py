@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .sds import classifier_free_guidance
+from .many_gpus import usable_device
 from .show import UserError, atomic_write, check_writable, default_device, save_png
 from .toybox import SPLITS, VIEW_WORDS, PackedToys, Toy, make_toy, pack_toys, render_toys, vocabulary
 from .zero123 import OneToken
@@ -1084,8 +1085,7 @@ def check_training(
     if not getattr(t, 'share_3d', 0) <= 1: raise UserError(f'--share-3d is {t.share_3d}', 'Choose from 0 to 1')
     if t.seconds <= t.reserve: raise UserError(f'--seconds is {t.seconds:g}, and --reserve keeps {t.reserve:g} of them for figures', 'Give more seconds, or a smaller --reserve')
     if t.validation < 8: raise UserError(f'--validation is {t.validation}', 'Choose at least 8')
-    try: torch.zeros(0, device=t.device or 'cpu')
-    except (RuntimeError, AssertionError) as e: raise UserError(f'The device {t.device!r} cannot be used: {str(e).splitlines()[0]}', 'Leave --device out for the best there is') from e
+    usable_device(t.device or 'cpu', 'Leave --device out for the best there is')
     check_writable(t.out)
     if (Path(t.out)/'state.json').exists() and not (t.resume and Path(t.resume).resolve() == Path(t.out).resolve()):
         raise UserError(f'{t.out} holds networks from an earlier training', f'Go on from them with `--resume {t.out}`, or choose another --out')
