@@ -502,7 +502,7 @@ def measure_backends(
     field, exact = nerf.field, copy.deepcopy(nerf.field).double()
     def asked(f, x, backend):
         with mocked.object(f.grid, 'backend', backend): density, paint = f(x)
-        return (density, paint), torch.autograd.grad((density*weigh[:, 0].to(x)).sum() + (paint*weigh[:, 1:].to(x)).sum(), [*f.parameters()])
+        return (density.detach(), paint.detach()), torch.autograd.grad((density*weigh[:, 0].to(x)).sum() + (paint*weigh[:, 1:].to(x)).sum(), [*f.parameters()])
     against('field', [b for b in working_backends(device) if b != 'tinycudann'], lambda backend: asked(field, points, backend), truth=asked(exact, points.double(), 'torch')) # that one has another grid
     given = [noise(len(samples)).mul(30).requires_grad_(), noise(len(samples), 3).requires_grad_()]
     def gathered(backend):
